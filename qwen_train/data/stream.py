@@ -1,0 +1,346 @@
+"""Step number -> this rank's micro-batches. Global batch ``step`` is a pure function of (seed, step) and the data set.
+
+There is no loader state: resuming is asking for a later step, and another number of GPUs, another token budget or
+another number of workers sees the same sequences in the same steps.
+"""
+
+import heapq
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from qwen_train.data.packing import Batch, FloatArray, IntArray, pack_pairs, pack_sequences
+
+Collate = Callable[[Sequence[int]], Batch]
+"""Data set rows -> one packed row; no rows at all give the empty batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches:
+    """One rank's share of a step, and the totals of the whole step over all ranks."""
+
+    batches: list[Batch]
+    """This rank's micro-batches, as many as every other rank's, the largest first; some may be empty."""
+
+    total_weight: float
+    """Summed weights of the supervised tokens of the global step (SFT), or its pairs (DPO)."""
+
+    num_tokens: int
+    """Packed tokens of the global step."""
+
+    num_sequences: int
+    """Conversations or pairs of the global step."""
+
+    rows: list[int]
+    """Data set rows of the global step, in the stream's order."""
+
+    epoch: float
+    """Passes over the data completed when this step is done."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Stream:
+    """``stream[step]``: the micro-batches of one rank. Batches are consecutive stretches of the endless row of epochs.
+
+    An epoch holds floor(w) copies of every row of a source with weight w and, for the fraction, a seeded subset of its
+    rows that is drawn anew each epoch; ``shuffle`` permutes it by (seed, epoch), otherwise rows keep the file's order.
+    With ``epochs`` the stream ends there and its last step may be smaller; without, it wraps for ever.
+    """
+
+    def __init__(
+        self,
+        *,
+        lengths: IntArray,
+        total_weights: FloatArray,
+        collate: Collate,
+        sequences_per_step: int,
+        tokens_per_microbatch: int,
+        seed: int,
+        epochs: float | None = None,
+        shuffle: bool = True,
+        sources: IntArray | None = None,
+        source_weights: Sequence[float] = (1.0,),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """``lengths``: packed tokens of each row; ``total_weights``: what each row adds to the step's divisor;
+        ``sources``: index into ``source_weights`` of each row (None: all are of the first source)."""
+        self.lengths = np.asarray(lengths)
+        self.total_weights = np.asarray(total_weights)
+        self.collate = collate
+        self.sequences_per_step = sequences_per_step
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.seed = seed
+        self.epochs = epochs
+        self.shuffle = shuffle
+        self.sources = np.zeros(len(self.lengths), dtype=np.int32) if sources is None else np.asarray(sources)
+        self.source_weights = tuple(source_weights)
+        self.rank = rank
+        self.world_size = world_size
+        self._orders: dict[int, IntArray] = {}
+        assert len(self.lengths) == len(self.total_weights) == len(self.sources), "one entry a row"
+        if not all(math.isfinite(weight) and weight >= 0 for weight in self.source_weights):
+            raise ValueError(
+                f"data.train: a path's weight must be a number >= 0, got {list(self.source_weights)}; "
+                "1 is one pass an epoch, 0 leaves the path out"
+            )
+        check_budget(self.lengths, tokens_per_microbatch)
+        rows_of_source = np.bincount(self.sources, minlength=len(self.source_weights))
+        assert len(rows_of_source) == len(self.source_weights), "a row of a source without a weight"
+        self._fractions = [  # rows of the source to draw beside the whole copies, exact in every epoch
+            round((weight % 1) * int(count)) for weight, count in zip(self.source_weights, rows_of_source, strict=True)
+        ]
+        whole = sum(int(w) * int(count) for w, count in zip(self.source_weights, rows_of_source, strict=True))
+        self.rows_per_epoch = whole + sum(self._fractions)
+        if self.rows_per_epoch == 0:
+            raise ValueError(
+                f"data.train: an epoch holds no rows ({len(self.lengths)} rows, weights {list(self.source_weights)}); "
+                "look at the report of launch/check.py and at the weights"
+            )
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps that ``epochs`` passes take, the last one perhaps smaller."""
+        return -(-self._num_positions(epochs) // self.sequences_per_step)
+
+    def rows(self, step: int) -> list[int]:
+        """Data set rows of global batch ``step``, in the stream's order."""
+        begin = step * self.sequences_per_step
+        end = begin + self.sequences_per_step
+        if self.epochs is not None:
+            end = min(end, self._num_positions(self.epochs))
+        if not 0 <= begin < end:
+            raise IndexError(f"step {step} lies outside a stream of {self.epochs} epochs")
+        rows: list[int] = []
+        while begin < end:
+            epoch, position = divmod(begin, self.rows_per_epoch)
+            stretch = self._order(epoch)[position : position + end - begin]
+            rows += stretch.tolist()
+            begin += len(stretch)
+        return rows
+
+    def __getitem__(self, step: int) -> MicroBatches:
+        rows = np.array(self.rows(step))
+        plan = plan_microbatches(self.lengths[rows], self.tokens_per_microbatch, self.world_size)
+        return MicroBatches(
+            batches=[self.collate(rows[members].tolist()) for members in plan[self.rank :: self.world_size]],
+            total_weight=float(self.total_weights[rows].sum(dtype=np.float64)),
+            num_tokens=int(self.lengths[rows].sum(dtype=np.int64)),
+            num_sequences=len(rows),
+            rows=rows.tolist(),
+            epoch=(step * self.sequences_per_step + len(rows)) / self.rows_per_epoch,
+        )
+
+    def _num_positions(self, epochs: float) -> int:
+        """Rows of the first ``epochs`` epochs; rounding keeps 1.1 epochs of 10 rows at 11 of them."""
+        return math.ceil(round(epochs * self.rows_per_epoch, 6))
+
+    def _order(self, epoch: int) -> IntArray:
+        """Rows of one epoch in the order of the stream; kept for this epoch and the one before."""
+        if epoch not in self._orders:
+            generator = np.random.default_rng((self.seed, epoch))
+            copies = np.array([int(weight) for weight in self.source_weights])[self.sources]
+            for source, fraction in enumerate(self._fractions):
+                if fraction:
+                    members = np.flatnonzero(self.sources == source)
+                    copies[generator.choice(members, size=fraction, replace=False)] += 1
+            order = np.repeat(np.arange(len(self.lengths)), copies)
+            if self.shuffle:
+                generator.shuffle(order)
+            self._orders = {known: self._orders[known] for known in self._orders if known == epoch - 1} | {epoch: order}
+        return self._orders[epoch]
+
+
+def check_budget(lengths: IntArray, tokens_per_microbatch: int) -> None:
+    """Refuse rows that no micro-batch can hold."""
+    if len(lengths) and lengths.max() > tokens_per_microbatch:
+        row = int(lengths.argmax())
+        raise ValueError(
+            f"batch.tokens_per_microbatch: row {row} of the tokenised data holds {int(lengths[row])} tokens, more than a "
+            f"micro-batch's {tokens_per_microbatch}; set batch.tokens_per_microbatch to at least {int(lengths[row])} or "
+            "data.max_length lower"
+        )
+
+
+def plan_microbatches(lengths: IntArray, budget: int, world_size: int) -> list[IntArray]:
+    """Spread sequences over the fewest micro-batches, divisible by ``world_size``, that each hold <= ``budget`` tokens.
+
+    Longest-processing-time greedy (Graham 1969): the longest sequence left goes to the emptiest micro-batch, so sizes
+    are balanced; "fewest" is by this greedy. Returns the members of each micro-batch, the largest micro-batch first:
+    rank r takes every ``world_size``-th from r on, so that what ranks compute at the same time is of like size, and
+    running out of memory shows at once. Micro-batches may be empty. Pure in its arguments.
+    """
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    sizes = lengths.tolist()
+    assert not sizes or max(sizes) <= budget, "check_budget was not asked"
+    count = world_size * max(1, math.ceil(sum(sizes) / (budget * world_size)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        heap = [(0, index) for index in range(count)]  # (tokens, micro-batch): ties go to the lowest micro-batch
+        for member in longest_first:
+            tokens, index = heap[0]
+            heapq.heapreplace(heap, (tokens + sizes[member], index))
+            bins[index].append(member)
+        if max(tokens for tokens, _ in heap) <= budget:
+            largest_first = sorted(heap, key=lambda entry: (-entry[0], entry[1]))
+            return [np.array(sorted(bins[index]), dtype=np.int64) for _, index in largest_first]
+        count += world_size
+
+
+def eval_batches(
+    *, lengths: IntArray, collate: Collate, tokens_per_microbatch: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """Every row once, in a fixed order, under the same budget; every rank gets the same number of batches."""
+    check_budget(lengths, tokens_per_microbatch)
+    for members in plan_microbatches(lengths, tokens_per_microbatch, world_size)[rank::world_size]:
+        yield collate(members.tolist())
+
+
+# ---- from the tokenised data set to batches ----
+
+
+def collate_conversations(dataset: Any) -> Collate:
+    """Collator of the SFT columns: input_ids and spans of supervised tokens."""
+    columns = dataset.with_format("numpy", columns=["input_ids", "span_starts", "span_ends", "span_weights"])
+
+    def collate(rows: Sequence[int]) -> Batch:
+        if not rows:
+            return pack_sequences([], [])
+        fetched = columns[rows]
+        sequences = []
+        spans = (fetched["span_starts"], fetched["span_ends"], fetched["span_weights"])
+        for ids, starts, ends, span_weights in zip(fetched["input_ids"], *spans, strict=True):
+            weights = np.zeros(len(ids), dtype=np.float32)
+            for start, end, weight in zip(starts, ends, span_weights, strict=True):
+                weights[start:end] = weight
+            sequences.append((ids, weights))
+        return pack_sequences(sequences, rows)
+
+    return collate
+
+
+def collate_preferences(dataset: Any, share_prompt: bool) -> Collate:
+    """Collator of the DPO columns: prompt, chosen and rejected ids."""
+    columns = dataset.with_format("numpy", columns=["prompt_ids", "chosen_ids", "rejected_ids"])
+
+    def collate(rows: Sequence[int]) -> Batch:
+        if not rows:
+            return pack_pairs([], [], share_prompt)
+        fetched = columns[rows]
+        pairs = list(zip(fetched["prompt_ids"], fetched["chosen_ids"], fetched["rejected_ids"], strict=True))
+        return pack_pairs(pairs, rows, share_prompt)
+
+    return collate
+
+
+def packed_lengths(dataset: Any, share_prompt: bool = True) -> IntArray:
+    """Tokens each row takes in a packed row: its ``length``, and the prompt once more for a pair that does not share it."""
+    lengths = dataset.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)
+    if not share_prompt:
+        prompts = dataset.with_format("arrow", columns=["prompt_ids"])[:].column("prompt_ids")
+        lengths = lengths + np.asarray(prompts.combine_chunks().value_lengths())
+    return lengths
+
+
+# ---- collation ahead of the step ----
+
+
+def prefetch(
+    stream: Stream, steps: Sequence[int], workers: int, pin_memory: bool
+) -> Iterator[tuple[int, MicroBatches]]:
+    """``(step, stream[step])`` in the order of ``steps``, collated by worker processes ahead of the step.
+
+    ``workers`` 0 collates in this process when the step is asked for. Each worker keeps two steps ready, runs one
+    thread, and ends with this generator (``close()``, or the loop that holds it). ``pin_memory`` has an effect with
+    CUDA only. torch's global random state is left alone.
+    """
+    pin_memory = pin_memory and torch.cuda.is_available()
+    if workers == 0:
+        for step in steps:
+            microbatches = stream[step]
+            yield step, _pin(microbatches) if pin_memory else microbatches
+        return
+    loader = DataLoader(
+        _Shipments(stream),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=2,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork",  # shares the data set; the workers touch no GPU
+        generator=torch.Generator(),  # otherwise DataLoader would draw its seed from the global generator
+    )
+    iterator = iter(loader)
+    try:
+        for step in steps:
+            try:
+                shipment = next(iterator)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error) or "Caught" in str(error):
+                    raise
+                raise RuntimeError(
+                    f"data.workers: a worker that collates batches died before step {step} ({str(error).splitlines()[0]}); "
+                    "most often the machine is out of memory: lower data.workers (0 collates in the main process)"
+                ) from error
+            if isinstance(shipment, ValueError):
+                raise shipment
+            yield shipment.unload() if isinstance(shipment, _Shipment) else shipment
+    finally:
+        iterator._shutdown_workers()  # type: ignore[attr-defined]  # now, not when the last traceback lets go of it
+
+
+@dataclass(frozen=True)
+class _Shipment:
+    """A step on its way out of a worker, its tensors as numpy arrays, which travel by value.
+
+    Tensors would take a file descriptor each, ten a micro-batch, and a long run would exhaust them.
+    """
+
+    step: int
+    microbatches: MicroBatches
+
+    def unload(self) -> tuple[int, MicroBatches]:
+        return self.step, _map_batches(self.microbatches, torch.from_numpy)
+
+    def pin_memory(self) -> tuple[int, MicroBatches]:
+        """Called by DataLoader's pinning thread."""
+        step, microbatches = self.unload()
+        return step, _pin(microbatches)
+
+
+class _Shipments(Dataset[_Shipment | ValueError]):
+    """What the workers run; a ValueError is the user's and crosses over as it is, without a worker's traceback."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, step: int) -> _Shipment | ValueError:
+        try:
+            return _Shipment(step, _map_batches(self.stream[step], lambda t: t.numpy()))
+        except ValueError as error:
+            return error
+
+
+def _start_worker(worker_id: int) -> None:
+    """Leave signals to the main process, which finishes its step and saves; a worker ends when told, or orphaned."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _pin(microbatches: MicroBatches) -> MicroBatches:
+    return replace(microbatches, batches=[batch.pin_memory() for batch in microbatches.batches])
+
+
+def _map_batches(microbatches: MicroBatches, function: Callable[[Any], Any]) -> MicroBatches:
+    return replace(microbatches, batches=[batch.map_tensors(function) for batch in microbatches.batches])
