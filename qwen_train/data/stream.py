@@ -166,9 +166,9 @@ def check_budget(lengths: IntArray, tokens_per_microbatch: int) -> None:
     if len(lengths) and lengths.max() > tokens_per_microbatch:
         row = int(lengths.argmax())
         raise ValueError(
-            f"batch.tokens_per_microbatch: row {row} of the tokenised data holds {int(lengths[row])} tokens, more than a "
-            f"micro-batch's {tokens_per_microbatch}; set batch.tokens_per_microbatch to at least {int(lengths[row])} or "
-            "data.max_length lower"
+            f"batch.tokens_per_microbatch: row {row} of the tokenised data holds {int(lengths[row])} tokens, but a "
+            f"micro-batch only {tokens_per_microbatch}; raise batch.tokens_per_microbatch to {int(lengths[row])} or "
+            "more, or lower data.max_length"
         )
 
 
@@ -244,7 +244,7 @@ def collate_preferences(dataset: Any, share_prompt: bool) -> Collate:
 
 
 def packed_lengths(dataset: Any, share_prompt: bool = True) -> IntArray:
-    """Tokens each row takes in a packed row: its ``length``, and the prompt once more for a pair that does not share it."""
+    """Packed tokens of each row: its ``length``, and the prompt once more for a pair that does not share it."""
     lengths = dataset.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)
     if not share_prompt:
         prompts = dataset.with_format("arrow", columns=["prompt_ids"])[:].column("prompt_ids")
@@ -289,9 +289,10 @@ def prefetch(
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error) or "Caught" in str(error):
                     raise
+                reason = str(error).splitlines()[0]
                 raise RuntimeError(
-                    f"data.workers: a worker that collates batches died before step {step} ({str(error).splitlines()[0]}); "
-                    "most often the machine is out of memory: lower data.workers (0 collates in the main process)"
+                    f"data.workers: a worker that collates batches died before step {step} ({reason}); most often "
+                    "the machine is out of memory: lower data.workers (0 collates in the main process)"
                 ) from error
             if isinstance(shipment, ValueError):
                 raise shipment
