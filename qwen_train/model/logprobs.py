@@ -1,0 +1,197 @@
+"""The head: hidden states at supervised positions -> log-probability of each target, chunk by chunk.
+
+Logits of the whole batch never exist: at most `chunk_size` rows of them, once, in fp32.
+
+Letters: S supervised tokens, D hidden size, V vocabulary, C rows of a chunk.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenScores(NamedTuple):
+    """What the model says of each supervised token."""
+
+    logps: Tensor
+    """Log-probability of the target in nats; float32[S]."""
+    is_argmax: Tensor
+    """Whether no other token was likelier; bool[S]."""
+
+
+class ChunkScores(NamedTuple):
+    """What one pass over a chunk of logits gives."""
+
+    logps: Tensor
+    """float32[C]."""
+    is_argmax: Tensor
+    """bool[C]; a target that ties with the maximum counts."""
+    logsumexp: Tensor
+    """float32[C]."""
+    residual: Tensor | None
+    """`onehot(target) - softmax(logits)`, formed in fp32 and rounded once to the head's dtype; [C, V]."""
+
+
+def token_logprobs(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk_size: int, keep_graph: bool, compiled: bool = False
+) -> TokenScores:
+    """Log-probability of each target under `softmax(hidden @ head_weight.T)`, differentiable in hidden and head_weight.
+
+    hidden[S, D], head_weight[V, D] of one dtype, targets[S] int64; S may be 0. `keep_graph=False`, `torch.no_grad()`
+    or inputs that need no gradient skip the work for the backward.
+
+    Frozen head: the forward keeps d logp / d hidden, one row [D] per token in hidden's dtype, and the backward scales it
+    by the gradient of that token's log-probability: exact for any loss, with no second product with the head. Trainable
+    head: each chunk's logits are computed again in the backward, and the head's gradient is summed over chunks in fp32.
+
+    FSDP2: a trainable `head_weight` is saved as the unsharded parameter itself, as F.linear saves it. It is valid in the
+    backward even if its group was resharded after the forward, since FSDP2 gathers into the same storage again; but the
+    hook that does so sits on the tensors of the sharded module's output, which torch 2.11 finds in a NamedTuple such as
+    TokenScores and not in a plain dataclass.
+
+    `compiled` fuses the elementwise work of a chunk by torch.compile: two passes over the logits instead of about ten.
+    """
+    # Read here: inside Function.forward the grad mode is always off.
+    grad = keep_graph and torch.is_grad_enabled()
+    train_head = grad and head_weight.requires_grad
+    keep_jacobian = grad and hidden.requires_grad and not train_head
+    scores = _compiled_chunk_scores() if compiled else chunk_scores
+    return TokenScores(
+        *_TokenLogprobs.apply(hidden, head_weight, targets, chunk_size, keep_jacobian, train_head, scores)
+    )
+
+
+def chunk_scores(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
+    """Scores of one chunk; overwrites `logits` float32[C, V]. No residual is formed when `residual_dtype` is None."""
+    targets = targets[:, None]
+    maximum = logits.amax(-1, keepdim=True)
+    target_logits = logits.gather(1, targets)
+    exponentials = logits.sub_(maximum).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    logsumexp = maximum + total.log()
+    residual = None
+    if residual_dtype is not None:
+        residual = exponentials.div_(total.neg_())
+        residual.scatter_add_(1, targets, torch.ones_like(total))
+        residual = residual.to(residual_dtype)
+    return ChunkScores(
+        (target_logits - logsumexp).squeeze(1), (target_logits >= maximum).squeeze(1), logsumexp.squeeze(1), residual
+    )
+
+
+def chunk_scores_functional(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
+    """`chunk_scores` without in-place steps, for torch.compile to fuse into one reduction and one pointwise pass."""
+    targets = targets[:, None]
+    maximum = logits.amax(-1, keepdim=True)
+    target_logits = logits.gather(1, targets)
+    total = (logits - maximum).exp().sum(-1, keepdim=True)
+    logsumexp = maximum + total.log()
+    residual = None
+    if residual_dtype is not None:
+        onehot = torch.arange(logits.shape[1], device=logits.device) == targets
+        residual = (onehot.float() - (logits - maximum).exp() / total).to(residual_dtype)
+    return ChunkScores(
+        (target_logits - logsumexp).squeeze(1), (target_logits >= maximum).squeeze(1), logsumexp.squeeze(1), residual
+    )
+
+
+@cache
+def _compiled_chunk_scores() -> Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores]:
+    compiled = torch.compile(chunk_scores_functional)
+
+    def scores(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
+        for tensor in (logits, targets):  # one graph for every number of rows, that of the last chunk too
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(logits, targets, residual_dtype)
+
+    return scores
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_size: int,
+        keep_jacobian: bool,
+        train_head: bool,
+        scores: Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores],
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens = hidden.shape[0]
+        logps = hidden.new_empty(num_tokens, dtype=torch.float32)
+        logsumexp = torch.empty_like(logps)
+        is_argmax = hidden.new_empty(num_tokens, dtype=torch.bool)
+        jacobian = torch.empty_like(hidden) if keep_jacobian else None
+        for start in range(0, num_tokens, chunk_size):
+            rows = slice(start, start + chunk_size)
+            chunk = scores(_logits(hidden[rows], weight), targets[rows], weight.dtype if keep_jacobian else None)
+            logps[rows], is_argmax[rows], logsumexp[rows] = chunk.logps, chunk.is_argmax, chunk.logsumexp
+            if jacobian is not None:
+                assert chunk.residual is not None
+                torch.mm(chunk.residual, weight, out=jacobian[rows])
+        ctx.chunk_size = chunk_size
+        ctx.train_head = train_head
+        ctx.save_for_backward(*((hidden, weight, targets, logsumexp) if train_head else (jacobian,)))
+        ctx.mark_non_differentiable(is_argmax)
+        return logps, is_argmax
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.train_head:
+            hidden, weight, targets, logsumexp = ctx.saved_tensors
+            grads = _recomputed_grads(
+                hidden, weight, targets, logsumexp, grad_logps, ctx.chunk_size, want_hidden=ctx.needs_input_grad[0]
+            )
+            return (*grads, None, None, None, None, None)
+        (jacobian,) = ctx.saved_tensors
+        # The product is taken in fp32 and rounded on its way out; the saved rows stay whole for a second backward.
+        grad_hidden = torch.mul(jacobian, grad_logps[:, None], out=torch.empty_like(jacobian))
+        return grad_hidden, None, None, None, None, None, None
+
+
+def _recomputed_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    grad_logps: Tensor,
+    chunk_size: int,
+    want_hidden: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of hidden[S, D] and weight[V, D] from logits computed a second time, chunk by chunk."""
+    grad_hidden = torch.empty_like(hidden) if want_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    for start in range(0, hidden.shape[0], chunk_size):
+        rows = slice(start, start + chunk_size)
+        scale = grad_logps[rows, None]
+        residual = _logits(hidden[rows], weight).sub_(logsumexp[rows, None]).exp_().mul_(-scale)
+        residual.scatter_add_(1, targets[rows, None], scale)
+        residual = residual.to(weight.dtype)
+        if grad_hidden is not None:
+            torch.mm(residual, weight, out=grad_hidden[rows])
+        _add_product(grad_weight, residual.T, hidden[rows])
+    return grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden[C, D] @ weight[V, D].T in fp32: on a GPU without rounding the sums to the inputs' dtype."""
+    if hidden.dtype == torch.float32:
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, the sum in total's fp32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
