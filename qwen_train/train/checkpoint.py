@@ -1,0 +1,333 @@
+"""Verified, atomic checkpoints: a folder counts only if every file has the size and sha256 that its manifest says.
+
+    checkpoints/step-000200.tmp-<uuid>/   adapter.safetensors, optimizer.safetensors, state.json: written, synced
+                                          manifest.json, written last: size and sha256 of each of them
+    checkpoints/step-000200/              the same after one rename; then the parent is synced; only then older ones go
+
+Safetensors and JSON only: nothing here can run code, and a file that the manifest does not name is never opened. Resume
+takes the newest folder that verifies and says which it skipped and why. With sharded saves several ranks write
+their files into the folder of one `start_save` and rank 0 ends it with `finish_save`.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qwen_train.train.files import (
+    FileEntry,
+    clean_leftovers,
+    delete_folder,
+    install_folder,
+    num_bytes,
+    require_free_space,
+    stage_folder,
+    write_file,
+    write_json_atomic,
+    write_tensors,
+)
+
+__all__ = [
+    "ConfigChange",
+    "SaveError",
+    "clean_leftovers",
+    "config_changes",
+    "find_checkpoint",
+    "finish_save",
+    "load_checkpoint",
+    "require_free_space",
+    "require_same_result",
+    "save_checkpoint",
+    "saving",
+    "verify",
+    "write_json_atomic",
+    "write_tensors",
+]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+STEP_FOLDER = re.compile(r"step-(?P<step>\d{6,})(\.old-[0-9a-f]{32})?")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; what was there before is untouched. One line for the user."""
+
+
+# Saving --------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
+    """Write `folder/step-<step>` and then delete all but the newest `keep` checkpoints of the same run.
+
+    `tensors`: file stem -> flat tensors by name ({"adapter": {...}, "optimizer": {...}}). `state`: JSON progress (seed,
+    epoch, sequences consumed, config, versions, world layout, `run_id`); `step` is added. One process calls this; the
+    others wait at a barrier of the caller. SaveError (an OSError) when the disk refuses: nothing earlier is lost.
+    """
+    with saving(folder, step, sum(map(num_bytes, tensors.values()))) as temporary:
+        entries = {}
+        for stem, flat in tensors.items():
+            entries[f"{stem}.safetensors"] = write_tensors(temporary / f"{stem}.safetensors", flat)
+        return finish_save(temporary, step, entries, state, keep)
+
+
+@contextlib.contextmanager
+def saving(folder: Path, step: int, needed_bytes: int = 0) -> Iterator[Path]:
+    """The temporary folder of one save; removed unless `finish_save` renames it. A refusing disk raises SaveError."""
+    final = folder / f"step-{step:06d}"
+    temporary = None
+    try:
+        try:
+            require_free_space(folder, needed_bytes + (1 << 20))
+        except ValueError as error:
+            raise OSError(errno.ENOSPC, str(error)) from None
+        temporary = stage_folder(final)
+        yield temporary
+    except OSError as error:
+        failure = SaveError(
+            f"{final}: checkpoint not saved, {error.strerror or error}; earlier checkpoints are untouched: free some "
+            "space or point run.dir at another disk, then start again with run.resume=auto"
+        )
+        failure.errno = error.errno
+        raise failure from error
+    finally:
+        if temporary is not None and temporary.exists():
+            try:
+                delete_folder(temporary)
+            except OSError as error:
+                logger.warning("%s: could not be deleted (%s); the next start will", temporary, error)
+
+
+def finish_save(temporary: Path, step: int, entries: dict[str, FileEntry], state: dict[str, Any], keep: int) -> Path:
+    """Write state and manifest, rename the folder to `step-<step>`, sync; only then delete all but the newest `keep`.
+
+    `entries`: file name -> manifest entry of every file that the ranks wrote and synced into `temporary`.
+    """
+    if keep < 1:
+        raise ValueError(f"run.keep: at least one checkpoint has to stay, got {keep}; set it to 1 or more")
+    text = json.dumps({**state, "step": step}, indent=1).encode()
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "run_id": state.get("run_id"),
+        "files": {**entries, STATE: write_file(temporary / STATE, [text])},
+    }
+    write_file(temporary / MANIFEST, [_sealed(manifest)])
+    final = temporary.with_name(f"step-{step:06d}")
+    install_folder(temporary, final)
+    _rotate(final, keep)
+    return final
+
+
+def _rotate(newest: Path, keep: int) -> None:
+    """Delete checkpoints of the run that just saved `newest`: all but the newest `keep`, and those of later steps.
+
+    Later steps exist only if the run was resumed from an earlier checkpoint: they belong to a course that was left.
+    Folders of another run and folders without a readable manifest are not touched.
+    """
+    manifest = _read_manifest(newest)
+    kept = 0
+    named = [path for path in _step_folders(newest.parent) if not path.suffix]
+    for path in sorted(named, key=_step_of, reverse=True):
+        try:
+            if _read_manifest(path)["run_id"] != manifest["run_id"]:
+                continue
+        except ValueError:
+            continue
+        if _step_of(path) <= manifest["step"] and kept < keep and _shallow_problem(path) is None:
+            kept += 1
+            continue
+        try:
+            delete_folder(path)
+        except OSError as error:  # the new checkpoint is safe: a folder too many is no reason to stop a run
+            logger.warning("%s: an old checkpoint could not be deleted (%s)", path, error)
+
+
+# Finding and loading -------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and those newer than it that do not, each with the reason."""
+    skipped: list[tuple[Path, str]] = []
+    for path in sorted(_step_folders(folder), key=lambda path: (_step_of(path), path.suffix == ""), reverse=True):
+        reason = _problem(path)
+        if reason is None:
+            return path, skipped
+        skipped.append((path, reason))
+    return None, skipped
+
+
+def verify(path: Path) -> None:
+    """Refuse (ValueError, naming the file) a checkpoint of which one byte is missing or not as it was written."""
+    reason = _problem(path)
+    if reason is not None:
+        raise ValueError(
+            f"{path}: not a whole checkpoint, {reason}; take another one, or run.resume=auto for the newest whole one"
+        )
+
+
+def load_checkpoint(path: Path, check: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors (file stem -> name -> tensor, on the CPU, dtypes as saved) and the state of a checkpoint.
+
+    `check=False` when `find_checkpoint` or `verify` has just hashed it. Opens the files of the manifest and no other.
+    """
+    if check:
+        verify(path)
+    files = _read_manifest(path)["files"]
+    strangers = sorted(child.name for child in path.iterdir() if child.name not in files and child.name != MANIFEST)
+    if strangers:
+        logger.warning("%s: not of this checkpoint and left closed: %s", path, ", ".join(strangers))
+    tensors = {Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")}
+    return tensors, json.loads((path / STATE).read_bytes())
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def _step_of(path: Path) -> int:
+    match = STEP_FOLDER.fullmatch(path.name)
+    assert match is not None
+    return int(match["step"])
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """The manifest's bytes: fixed form, its own sha256 at the end, so that any changed byte of it shows too."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=1, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"manifest": manifest, "sha256": digest}, indent=1, sort_keys=True).encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder; ValueError with a short reason if it is not as it was written."""
+    try:
+        raw = (path / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing (the save was not finished)") from None
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    try:
+        manifest = json.loads(raw)["manifest"]
+        whole = _sealed(manifest) == raw
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{MANIFEST} is damaged ({len(raw)} bytes)")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{MANIFEST} is of format {manifest.get('format')!r}, this version reads {FORMAT}")
+    for name in manifest["files"]:
+        if not FILE_NAME.fullmatch(name):
+            raise ValueError(f"{MANIFEST} names {name!r}; a checkpoint holds .safetensors and .json files only")
+    if STATE not in manifest["files"]:
+        raise ValueError(f"{MANIFEST} names no {STATE}")
+    return manifest
+
+
+def _shallow_problem(path: Path) -> str | None:
+    """The first missing file or wrong size, without reading the files; None if there is none."""
+    try:
+        files = _read_manifest(path)["files"]
+        for name, entry in files.items():
+            status = (path / name).lstat()
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is not a plain file"
+            if status.st_size != entry["size"]:
+                return f"{name} has {status.st_size} bytes instead of {entry['size']}"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _problem(path: Path) -> str | None:
+    """The first thing that makes a folder no whole checkpoint, every byte read; None if there is none."""
+    reason = _shallow_problem(path)
+    if reason is not None:
+        return reason
+    manifest = _read_manifest(path)
+    if STEP_FOLDER.fullmatch(path.name) and manifest["step"] != _step_of(path):
+        return f"{MANIFEST} is of step {manifest['step']}: the folder was renamed"
+    for name, entry in manifest["files"].items():
+        try:
+            with open(path / name, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if digest != entry["sha256"]:
+            return f"{name} is damaged (its sha256 is not the one that was written)"
+    return None
+
+
+# Resume under a changed config ---------------------------------------------------------------------------------------
+
+# Fields that leave the course of training as it is, or move it by rounding only (how a step is cut up and computed).
+HARMLESS = frozenset(
+    {
+        "run.name", "run.dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep",
+        "run.eval_samples", "run.eval_sample_tokens", "run.deterministic",
+        "data.eval", "data.workers", "data.cache_dir",
+        "batch.tokens_per_microbatch",
+        "model.attention", "model.compile", "model.checkpoint_layers", "model.head_chunk", "model.trust_remote_code",
+        "reference.precompute", "reference.share_prompt",
+    }
+)  # fmt: skip
+ABSENT = "(absent)"
+
+
+@dataclass(frozen=True)
+class ConfigChange:
+    """One field that differs between a checkpoint's config and the one given now."""
+
+    field: str
+    old: Any
+    new: Any
+    changes_result: bool
+
+
+def config_changes(old: dict[str, Any], new: dict[str, Any]) -> list[ConfigChange]:
+    """The leaves in which two configs (nested dicts) differ, in the new one's order; lists and tuples are alike."""
+    before, after = _leaves(old), _leaves(new)
+    return [
+        ConfigChange(field, before.get(field, ABSENT), after.get(field, ABSENT), field not in HARMLESS)
+        for field in [*after, *(field for field in before if field not in after)]
+        if before.get(field, ABSENT) != after.get(field, ABSENT)
+    ]
+
+
+def require_same_result(changes: list[ConfigChange], checkpoint: Path) -> None:
+    """Refuse (ValueError, one line) to go on under a config that would lead elsewhere than the run's own."""
+    wrong = [change for change in changes if change.changes_result]
+    if wrong:
+        listing = ", ".join(f"{change.field} was {change.old!r} and is now {change.new!r}" for change in wrong)
+        raise ValueError(
+            f"{checkpoint}: the config has changed in what shapes the result: {listing}; "
+            "put back what was to go on, or start anew with another run.name"
+        )
+
+
+def _leaves(config: dict[str, Any]) -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; a mapping below that stays a value (data.train's weights)."""
+    leaves: dict[str, Any] = {}
+    for section, fields in config.items():
+        if isinstance(fields, dict):
+            leaves.update({f"{section}.{name}": json.loads(json.dumps(value)) for name, value in fields.items()})
+        else:
+            leaves[section] = json.loads(json.dumps(fields))
+    return leaves
