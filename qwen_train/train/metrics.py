@@ -1,0 +1,315 @@
+"""What a run says of itself: TensorBoard, metrics.jsonl, status.json, a progress bar or plain lines; speed and memory.
+
+A step here is a number of finished optimizer updates: after the first update of a run, `log(1, ...)`; evaluation before
+training is step 0. Everything takes Python floats and never waits for a device: the loop decides when to read them.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from qwen_train.train.files import write_bytes_atomic, write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+OUTCOMES = ("running", "finished", "interrupted", "refused", "failed")
+
+# Metric -> (short name, format) on the console, in this order; evaluation prints all that it has.
+CONSOLE = {
+    "train/loss": ("loss", ".4f"),
+    "train/learning_rate": ("lr", ".2e"),
+    "train/grad_norm": ("grad", ".3f"),
+    "train/rewards/accuracies": ("acc", ".3f"),
+    "train/rewards/margins": ("margin", ".3f"),
+    "perf/tokens_per_second": ("tok/s", ",.0f"),
+    "perf/pairs_per_second": ("pairs/s", ".2f"),
+}
+
+
+def write_status(folder: Path, outcome: str, reason: str = "", step: int | None = None, **facts: Any) -> None:
+    """Write `status.json` atomically: outcome (one of `OUTCOMES`), reason, step, time (UTC), pid, further facts."""
+    assert outcome in OUTCOMES, outcome
+    status = {
+        "outcome": outcome,
+        "reason": reason,
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json_atomic(folder / "status.json", _finite({**status, "pid": os.getpid(), **facts}))
+
+
+class Metrics:
+    """The log of one run; on every rank but the main one each call does nothing.
+
+    `resume_step`: the step of the checkpoint that the run goes on from, None for a fresh start. Lines of metrics.jsonl
+    beyond it (all of them on a fresh start) are removed, and TensorBoard drops its events beyond it, so that no step is
+    there twice. `total_steps`: the last step, for the bar and the ETA. `console`: where to print, for tests.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        resume_step: int | None = None,
+        is_main: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        self.is_main = is_main
+        self.total_steps = total_steps
+        if not is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        _cut_lines(self.path, resume_step)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self.last_step: int | None = None
+        self.last_line: dict[str, Any] = {}
+        self.last_offset = self.file.tell()
+        self.board = SummaryWriter(folder, purge_step=0 if resume_step is None else resume_step + 1, flush_secs=10)
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.marks: deque[tuple[float, int]] = deque([(time.monotonic(), resume_step or 0)], maxlen=20)
+        self.progress: Progress | None = None
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(), TextColumn("eta {task.fields[eta]}"), console=self.console,
+            )  # fmt: skip
+            self.progress.start()
+            self.bar = self.progress.add_task("", total=total_steps, completed=resume_step or 0, facts="", eta="-")
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar; cheap, after every step. Without a terminal it does nothing."""
+        if self.is_main and self.progress is not None:
+            self.progress.update(self.bar, completed=step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values of one step under their full names ("train/loss"); several calls of a step make one line.
+
+        Non-finite values are null in metrics.jsonl (TensorBoard shows them as they are).
+        """
+        if not self.is_main:
+            return
+        assert self.last_step is None or step >= self.last_step, f"step {step} after {self.last_step}"
+        for name, value in values.items():
+            self.board.add_scalar(name, float(value), step)
+        if step == self.last_step:
+            self.file.truncate(self.last_offset)
+        else:
+            self.last_step, self.last_line, self.last_offset = step, {"step": step}, self.file.seek(0, os.SEEK_END)
+        self.last_line |= {name: _finite(float(value)) for name, value in values.items()}
+        self.file.write(json.dumps(self.last_line).encode() + b"\n")
+        self._show(step, values)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Record a Markdown text for TensorBoard's text tab."""
+        if self.is_main:
+            self.board.add_text(name, text, step)
+
+    def samples(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        """Record generated answers side by side, a section a row: {"prompt": ..., "expected": ..., "answer": ...}."""
+        sections = []
+        for number, row in enumerate(rows, start=1):
+            # Indented blocks: nothing inside them is Markdown or HTML, whatever a model writes.
+            parts = [
+                f"**{key}**\n\n" + "\n".join("    " + line for line in (text.splitlines() or [""]))
+                for key, text in row.items()
+            ]
+            sections.append("\n\n".join([f"#### {number}", *parts]))
+        self.text(step, name, "\n\n".join(sections))
+
+    def note(self, message: str) -> None:
+        """Print a message, above the progress bar if there is one."""
+        if self.is_main:
+            self.console.print(message, markup=False)
+
+    def sync(self) -> None:
+        """Bring all that is recorded to the disk: before a checkpoint is saved, so that no step up to it can miss."""
+        if self.is_main:
+            self.board.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """End the bar and the files; the values are on disk afterwards."""
+        if not self.is_main or self.file.closed:
+            return
+        if self.progress is not None:
+            self.progress.stop()
+        self.sync()
+        self.board.close()
+        self.file.close()
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        eta = self._eta(step)
+        shown = [f"{short} {values[name]:{form}}" for name, (short, form) in CONSOLE.items() if name in values]
+        held_out = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("eval/")]
+        if self.progress is None:
+            tail = [f"eta {eta}"] if shown else []
+            self.console.print("  ".join([f"step {step}/{self.total_steps}", *shown, *held_out, *tail]), markup=False)
+            return
+        if shown:
+            self.progress.update(self.bar, completed=step, facts="  ".join(shown), eta=eta)
+        if held_out:
+            self.console.print("  ".join([f"step {step}/{self.total_steps}", *held_out]), markup=False)
+
+    def _eta(self, step: int) -> str:
+        """Time left at the pace of the last (at most 20) logged steps, evaluation and saves included."""
+        now = time.monotonic()
+        if step > self.marks[-1][1]:
+            self.marks.append((now, step))
+        (start, first), (_, last) = self.marks[0], self.marks[-1]
+        if last == first:
+            return "-"
+        return str(timedelta(seconds=round((now - start) / (last - first) * (self.total_steps - last))))
+
+
+def _finite(value: Any) -> Any:
+    """The value with every non-finite float in it replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _cut_lines(path: Path, resume_step: int | None) -> None:
+    """Atomically keep only whole lines of steps up to `resume_step`; a killed run may have torn the last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: a torn line was removed (%d bytes)", path, len(line))
+            continue
+        if resume_step is not None and step <= resume_step:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+    write_bytes_atomic(path, b"".join(kept))
+
+
+# Speed and memory ----------------------------------------------------------------------------------------------------
+
+
+def matmul_parameters(config: Any) -> tuple[int, int]:
+    """Parameters that take part in a matrix product, of a Qwen2 / Qwen3 dense config: (in the layers, in the head)."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * config.num_attention_heads * head_dim + 2 * config.num_key_value_heads * head_dim  # q, o and k, v
+    layer = config.hidden_size * (attention + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer, config.hidden_size * config.vocab_size
+
+
+def flops_per_token(
+    config: Any,
+    mean_length: float,
+    *,
+    lora_parameters: int | None,
+    head_fraction: float = 1.0,
+    reference_forward: bool = False,
+) -> float:
+    """Model FLOPs of training on one token: what the mathematics needs, without any recomputation.
+
+    LoRA (`lora_parameters` given): 4 N + 6 lora, since a frozen weight has no gradient; full (None): 6 N. Causal
+    attention, half of the square counted, adds 3 * layers * 2 * mean_length * heads * head_dim, where `mean_length` is
+    the length in which a mean *token* stands (sum of squared lengths / sum of lengths). `head_fraction`: share of
+    tokens the head runs on. `reference_forward` adds a forward pass of the base (DPO).
+    """
+    layers, head = matmul_parameters(config)
+    base = layers + head * head_fraction
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * config.num_hidden_layers * mean_length * config.num_attention_heads * head_dim
+    flops = 6 * base if lora_parameters is None else 4 * base + 6 * lora_parameters
+    return flops + 3 * attention + (2 * base + attention if reference_forward else 0)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far, GiB: tensors on a CUDA device; on the CPU the whole process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
+
+
+class Throughput:
+    """Speed between two readings, of training alone: evaluation and saves are taken out with `paused()`.
+
+    `flops_per_token`: a function of the mean length (see there); `unit` names what is counted beside tokens, "pairs"
+    for DPO. Counts are global, of all ranks; TFLOP/s are of one device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        flops_per_token: Callable[[float], float],
+        world_size: int = 1,
+        unit: str | None = None,
+    ) -> None:
+        self.device, self.flops_per_token, self.world_size, self.unit = device, flops_per_token, world_size, unit
+        self._restart()
+
+    def _restart(self) -> None:
+        self.start = time.monotonic()
+        self.waited = self.outside = self.flops = 0.0
+        self.tokens = self.sequences = self.steps = 0
+
+    def add(self, num_tokens: int, num_sequences: int, mean_length: float | None = None) -> None:
+        """Count one step over all ranks: real tokens, sequences (or pairs), and the length a mean token stands in."""
+        self.steps += 1
+        self.tokens += num_tokens
+        self.sequences += num_sequences
+        length = num_tokens / max(num_sequences, 1) if mean_length is None else mean_length
+        self.flops += num_tokens * self.flops_per_token(length)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next micro-batches: goes into `perf/data_wait_fraction`."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training (evaluation, a save): not counted as time."""
+        start = time.monotonic()
+        yield
+        self.outside += time.monotonic() - start
+
+    def read(self) -> dict[str, float]:
+        """The metrics since the last reading, under their names; starts the next window."""
+        seconds = max(time.monotonic() - self.start - self.outside, 1e-9)
+        values = {
+            "perf/tokens_per_second": self.tokens / seconds,
+            "perf/step_seconds": seconds / max(self.steps, 1),
+            "perf/model_tflops": self.flops / seconds / self.world_size / 1e12,
+            "perf/peak_memory_gib": peak_memory_gib(self.device),
+            "perf/data_wait_fraction": min(self.waited / seconds, 1.0),
+        }
+        if self.unit is not None:
+            values[f"perf/{self.unit}_per_second"] = self.sequences / seconds
+        self._restart()
+        return values
