@@ -1,0 +1,512 @@
+"""Typed config: frozen dataclasses, read by jsonargparse from a YAML file and dotted overrides on the command line.
+
+The attribute docstrings are the `--help`. The defaults are those of a 7B LoRA run; `configs/tiny/` is what runs when
+the command line names no config. What can be known to be wrong before a model loads is refused here, in one line that
+names the field, what was got and the remedy.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jsonargparse
+import yaml
+
+from qwen_train.loss.preference import LOSSES, LossConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DataPaths = str | list[str | dict[str, float]]
+
+
+def _refuse(problems: Sequence[str | None]) -> None:
+    found = [problem for problem in problems if problem]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def _unless(valid: bool, message: str) -> str | None:
+    return None if valid else message
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str = "Qwen/Qwen2.5-7B-Instruct"
+    """Hub id or folder of a Qwen2 / Qwen2.5 / Qwen3 dense model."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of `path`; not for folders."""
+    from_scratch: bool = False
+    """Random weights from the folder's config.json, seeded by `run.seed`: for the demo and for benchmarks."""
+    quantization: Literal["none", "nf4", "fp8"] = "none"
+    """Storage of the frozen base: none, nf4 (bitsandbytes, double quantisation), fp8 (e4m3, per-row scales)."""
+    adapter: str | None = None
+    """PEFT adapter folder to start from."""
+    adapter_start: Literal["merge", "continue"] = "merge"
+    """merge: `adapter` is merged into the base and a fresh LoRA is trained on top; continue: it is trained further."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Computing type. Trained weights always have fp32 masters."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Packed attention: flash-attn, torch's varlen kernel, or the SDPA reference; auto takes the first there is."""
+    compile: bool = True
+    """torch.compile each decoder layer (one compilation serves all layers)."""
+    checkpoint_layers: int | Literal["auto"] = "auto"
+    """Number of decoder layers whose activations are recomputed in backward; auto: as few as fit."""
+    head_chunk: int = 4096
+    """Rows of hidden states for which the head forms logits at a time (tokens)."""
+    trust_remote_code: bool = False
+    """Run model code from the hub. Qwen models need none."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            [
+                _unless(bool(self.path), "model.path: must name a hub id or a folder, got nothing; give one"),
+                _unless(self.head_chunk > 0, f"model.head_chunk: must be > 0 tokens, got {self.head_chunk}; try 4096"),
+                _unless(
+                    self.checkpoint_layers == "auto" or self.checkpoint_layers >= 0,
+                    f"model.checkpoint_layers: must be auto or >= 0, got {self.checkpoint_layers}; 0: none",
+                ),
+                _unless(
+                    self.dtype == "bfloat16" or self.quantization == "none",
+                    f"model.dtype: {self.quantization} computes in bfloat16, got {self.dtype}; set bfloat16",
+                ),
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    enabled: bool = True
+    """Train a LoRA adapter; false trains every weight."""
+    r: int = 64
+    """Rank."""
+    alpha: float | None = None
+    """Scale numerator: the update is alpha / r * B A; None is 2 r."""
+    dropout: float = 0.0
+    """Dropout probability on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the linear layers that get an adapter, or all-linear (every one but the head)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (rank-stabilised LoRA, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353): slower, and adapters cannot be concatenated."""
+
+    def __post_init__(self) -> None:
+        targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        _refuse(
+            [
+                _unless(self.r > 0, f"lora.r: must be > 0, got {self.r}; try 64, or lora.enabled false"),
+                _unless(0 <= self.dropout < 1, f"lora.dropout: must be in [0, 1), got {self.dropout}; try 0.05"),
+                _unless(
+                    self.alpha is None or self.alpha > 0,
+                    f"lora.alpha: must be > 0, got {self.alpha}; leave it out for 2 r",
+                ),
+                _unless(bool(targets), "lora.target_modules: no layer named; say all-linear"),
+                *(
+                    f"lora.target_modules: {name} cannot carry an adapter, since the chunked head reads its weight "
+                    "directly; leave it out or train with lora.enabled false"
+                    for name in targets
+                    if name.split(".")[-1] in ("lm_head", "embed_tokens")
+                ),
+            ]
+        )
+
+    @property
+    def scale_numerator(self) -> float:
+        return 2 * self.r if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: DataPaths = ""
+    """Training rows: a file (.jsonl, .json, .parquet), a `datasets` folder or a hub id; or a list of them, where
+    `path: weight` shows that source's rows `weight` times an epoch."""
+    eval: DataPaths | None = None
+    """Held-out rows, as `train`."""
+    format: str = "auto"
+    """Row format (messages, prompt_completion, alpaca, sharegpt ...); auto looks at the row's keys."""
+    max_length: int = 4096
+    """Longest sequence (tokens); for pairs: prompt and the longer answer."""
+    too_long: Literal["drop", "trim_turns", "error"] = "drop"
+    """Rows over max_length: drop (counted), trim_turns (oldest whole turns go; answers stay whole), error."""
+    supervise: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that are learnt: those of every assistant turn, of the last one, or all."""
+    system: str = "keep"
+    """keep the row's system message (the template may add its default), none (no system prompt), or a text for all."""
+    control_tokens: Literal["escape", "reject", "allow"] = "escape"
+    """Control tokens such as <|im_start|> inside content: spelt out as text, refused, or passed through."""
+    shuffle: bool = True
+    """A new order every epoch, from (run.seed, epoch)."""
+    workers: int = 2
+    """Processes that tokenise, and that collate ahead of the step; 0: in the main process."""
+    cache_dir: str = "~/.cache/qwen_train"
+    """Folder of tokenised data and reference log-probs."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            [
+                _unless(self.max_length > 1, f"data.max_length: must be > 1 token, got {self.max_length}; try 4096"),
+                _unless(self.workers >= 0, f"data.workers: must be >= 0, got {self.workers}; 0 uses the main process"),
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    sequences_per_step: int = 32
+    """Sequences (or pairs) of one optimizer step, over all GPUs."""
+    tokens_per_microbatch: int | Literal["auto"] = "auto"
+    """Most tokens of one forward on one GPU; auto: what fits."""
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens_per_microbatch
+        _refuse(
+            [
+                _unless(
+                    self.sequences_per_step > 0,
+                    f"batch.sequences_per_step: must be > 0, got {self.sequences_per_step}; try 32",
+                ),
+                _unless(
+                    tokens == "auto" or tokens > 0,
+                    f"batch.tokens_per_microbatch: must be auto or > 0, got {tokens}; try 16384",
+                ),
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw (fused, fp32 moments) or adamw_8bit (bitsandbytes, moments in 8 bits)."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up, a closed form of the step."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the rate rises linearly to lr."""
+    min_lr_ratio: float = 0.1
+    """Rate at the last step, as a share of lr."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, of matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+
+    def __post_init__(self) -> None:
+        _refuse(
+            [
+                _unless(
+                    math.isfinite(self.lr) and self.lr > 0, f"optim.lr: must be > 0, got {self.lr}; 2e-5 suits LoRA"
+                ),
+                _unless(
+                    0 <= self.warmup_ratio <= 1,
+                    f"optim.warmup_ratio: must be in [0, 1], got {self.warmup_ratio}; try 0.03",
+                ),
+                _unless(
+                    0 <= self.min_lr_ratio <= 1,
+                    f"optim.min_lr_ratio: must be in [0, 1], got {self.min_lr_ratio}; try 0.1",
+                ),
+                _unless(self.weight_decay >= 0, f"optim.weight_decay: must be >= 0, got {self.weight_decay}; try 0"),
+                _unless(
+                    all(0 <= beta < 1 for beta in self.betas),
+                    f"optim.betas: both must be in [0, 1), got {self.betas}; try [0.9, 0.999]",
+                ),
+                _unless(
+                    self.max_grad_norm >= 0,
+                    f"optim.max_grad_norm: must be >= 0, got {self.max_grad_norm}; 0 turns clipping off",
+                ),
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    source: Literal["auto", "adapter_off", "start_adapter", "model"] = "auto"
+    """adapter_off: the model without its adapter; start_adapter: a frozen copy of the adapter that training continues;
+    model: another model (`path`); auto: the one that equals the policy at step 0."""
+    path: str | None = None
+    """Hub id or folder of the reference, with source model."""
+    precompute: bool = False
+    """Score all pairs once before training and keep the log-probs in data.cache_dir."""
+    share_prompt: bool = True
+    """Lay a pair out as prompt, chosen, rejected with the prompt once; false lays the prompt out twice."""
+
+    def __post_init__(self) -> None:
+        if self.source == "model" and self.path is None:
+            raise ValueError("reference.path: source model needs a path, got none; name the reference model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str | None = None
+    """Folder of the run inside `dir`; None: the config's stem and the time."""
+    dir: str = "runs"
+    """Folder of all runs, where `tensorboard --logdir` looks."""
+    seed: int = 42
+    """Seed of data order, dropout and fresh weights."""
+    deterministic: bool = False
+    """Deterministic GPU kernels: slower, the same bits every time."""
+    epochs: float | None = None
+    """Passes over the training rows; 1 if neither epochs nor steps is given."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 200
+    """Steps between evaluations; one stands before the first step and one after the last. 0: only those two."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step always saves. 0: only then."""
+    keep: int = 2
+    """Checkpoints kept."""
+    resume: str = "auto"
+    """auto: go on from the run's newest valid checkpoint if there is one; never: the run must be new; or a checkpoint
+    folder."""
+    eval_samples: int = 8
+    """Greedy answers generated for the first held-out rows at each evaluation."""
+    eval_sample_tokens: int = 256
+    """Most new tokens of a generated answer."""
+
+    def __post_init__(self) -> None:
+        name = self.name
+        _refuse(
+            [
+                _unless(
+                    name is None or (name not in ("", ".", "..") and not set(name) & set("/\\\0")),
+                    f"run.name: must be a plain folder name, got {name!r}; use run.dir for the place",
+                ),
+                _unless(
+                    self.epochs is None or self.steps is None,
+                    f"run.steps: got both steps {self.steps} and epochs {self.epochs}; give one of them",
+                ),
+                _unless(self.epochs is None or self.epochs > 0, f"run.epochs: must be > 0, got {self.epochs}; try 1"),
+                _unless(self.steps is None or self.steps > 0, f"run.steps: must be > 0, got {self.steps}; try 100"),
+                _unless(0 <= self.seed < 2**32, f"run.seed: must be in [0, 2^32), got {self.seed}; try 42"),
+                _unless(self.log_every > 0, f"run.log_every: must be > 0 steps, got {self.log_every}; try 10"),
+                _unless(self.keep > 0, f"run.keep: must be > 0 checkpoints, got {self.keep}; try 2"),
+                *(
+                    _unless(value >= 0, f"run.{key}: must be >= 0, got {value}; 0 turns it off")
+                    for key, value in [
+                        ("eval_every", self.eval_every),
+                        ("save_every", self.save_every),
+                        ("eval_samples", self.eval_samples),
+                    ]
+                ),
+                _unless(
+                    self.eval_sample_tokens > 0,
+                    f"run.eval_sample_tokens: must be > 0 tokens, got {self.eval_sample_tokens}; try 256",
+                ),
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        tokens = self.batch.tokens_per_microbatch
+        _refuse(
+            [
+                _unless(bool(self.data.train), "data.train: no training data named; give a file, folder or hub id"),
+                _unless(
+                    self.lora.enabled or self.model.quantization == "none",
+                    f"model.quantization: {self.model.quantization} weights cannot be trained, got lora.enabled false; "
+                    "set lora.enabled true or quantization none",
+                ),
+                _unless(
+                    tokens == "auto" or isinstance(self, DPOConfig) or tokens >= self.data.max_length,
+                    f"batch.tokens_per_microbatch: {tokens} cannot hold one sequence of data.max_length "
+                    f"{self.data.max_length}; raise it or lower max_length",
+                ),
+                _unless(
+                    self.lora.enabled or self.model.adapter is None or self.model.adapter_start == "merge",
+                    "model.adapter_start: continue trains the adapter, got lora.enabled false; use merge",
+                ),
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(SFTConfig):
+    """Direct preference optimisation."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+
+
+Config = TypeVar("Config", bound=SFTConfig)
+EMBEDDED = {SFTConfig: REPOSITORY / "configs/tiny/sft.yaml", DPOConfig: REPOSITORY / "configs/tiny/dpo.yaml"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A field without effect: an error on the command line, a warning in a file.
+
+
+def _idle_fields(config: SFTConfig) -> dict[str, str]:
+    """Fields that the other values leave without effect -> why."""
+    idle: dict[str, str] = {}
+    if not config.lora.enabled:
+        others = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "enabled"]
+        idle |= dict.fromkeys([f"lora.{name}" for name in others], "lora.enabled is false")
+    elif config.model.adapter and config.model.adapter_start == "continue":
+        others = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "enabled"]
+        idle |= dict.fromkeys([f"lora.{name}" for name in others], "adapter_start continue keeps the adapter's own")
+    if config.model.adapter is None:
+        idle["model.adapter_start"] = "model.adapter names no adapter"
+    if Path(config.model.path).is_dir():
+        idle["model.revision"] = "model.path is a folder"
+    if config.optim.schedule == "constant":
+        idle["optim.min_lr_ratio"] = "optim.schedule is constant"
+    if not config.data.eval:
+        names = ["eval_every", "eval_samples", "eval_sample_tokens"]
+        idle |= dict.fromkeys([f"run.{name}" for name in names], "data.eval names no held-out data")
+    elif config.run.eval_samples == 0:
+        idle["run.eval_sample_tokens"] = "run.eval_samples is 0"
+    if isinstance(config, DPOConfig):
+        loss = LOSSES[config.loss.name]
+        idle |= {f"loss.{name}": f"loss {config.loss.name} does not use it" for name in config.loss.unused}
+        idle["data.supervise"] = "DPO scores the answers"
+        if not loss.needs_reference:
+            names = ["source", "path", "precompute"]
+            idle |= dict.fromkeys([f"reference.{name}" for name in names], f"loss {config.loss.name} has no reference")
+        elif config.reference.source != "model":
+            idle["reference.path"] = f"reference.source is {config.reference.source}"
+    return idle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
+
+
+def build_parser(config_class: type[Config]) -> jsonargparse.ArgumentParser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(description=config_class.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win.")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool = True) -> tuple[Config, list[str]]:
+    """Config of a command line, and warnings about it; `run.name` is always filled in.
+
+    With no `--config` in argv the embedded tiny YAML is put first (unless `embedded` is false). `--help` and
+    `--print_config` print and exit. Raises ValueError with one line a problem.
+    """
+    argv = list(argv)
+    stem = config_class.__name__.removesuffix("Config").lower()
+    files = [Path(path) for path in _values_of(argv, "--config")]
+    if not files and embedded:
+        files = [EMBEDDED[config_class]]
+        argv = ["--config", str(files[0]), *argv]
+    in_files = set().union(*(_file_keys(path) for path in files)) if files else set()
+    on_command_line = {word.split("=")[0][2:] for word in argv if word.startswith("--") and "." in word.split("=")[0]}
+    argv = _one_length(argv, in_files, on_command_line)
+
+    parser = build_parser(config_class)
+    try:
+        namespace = parser.parse_args(argv)
+        config = parser.instantiate(namespace).as_dict()
+    except (argparse.ArgumentError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(_one_line(str(error), config_class)) from None
+    config.pop("config", None)
+    config = config_class(**config)
+    if files and files[0] == EMBEDDED[config_class]:
+        config = _from_repository(config)
+    if config.run.name is None:
+        name = f"{files[-1].stem if files else stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+
+    idle = _idle_fields(config)
+    _refuse([f"{key}: has no effect, since {idle[key]}; leave it out" for key in sorted(on_command_line & idle.keys())])
+    warnings = [f"{key}: has no effect, since {idle[key]}" for key in sorted(in_files & idle.keys())]
+    return config, warnings
+
+
+def _values_of(argv: Sequence[str], option: str) -> list[str]:
+    following = [after for word, after in itertools.pairwise(argv) if word == option]
+    return following + [word.split("=", 1)[1] for word in argv if word.startswith(f"{option}=")]
+
+
+def _file_keys(path: Path) -> set[str]:
+    """Dotted names of the fields a YAML file gives. Raises ValueError where it cannot be read."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--config: {path} does not exist; the shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config: {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config: {path} must hold sections such as `model:`, got {type(content).__name__}")
+    return {f"{section}.{name}" for section, fields in content.items() for name in (fields or {})}
+
+
+def _one_length(argv: list[str], in_files: set[str], on_command_line: set[str]) -> list[str]:
+    """`--run.steps` on the command line replaces a file's `run.epochs`, and the other way round."""
+    for given, other in (("run.steps", "run.epochs"), ("run.epochs", "run.steps")):
+        if given in on_command_line and other in in_files and other not in on_command_line:
+            return [*argv, f"--{other}", "null"]
+    return argv
+
+
+def _from_repository(config: Config) -> Config:
+    """The embedded default's own paths, found wherever the command is started."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("configs/tiny/") and not Path(value).exists():
+            return str(REPOSITORY / value)
+        return value
+
+    model = dataclasses.replace(config.model, path=absolute(config.model.path))
+    data = dataclasses.replace(config.data, train=absolute(config.data.train), eval=absolute(config.data.eval))
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def _field_names(config_class: type[SFTConfig]) -> list[str]:
+    """Dotted names of all fields."""
+    sections = {section.name: section.default_factory for section in dataclasses.fields(config_class)}
+    return [f"{name}.{f.name}" for name, kind in sections.items() for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+
+
+def _one_line(message: str, config_class: type[SFTConfig]) -> str:
+    """jsonargparse's report as one line, with the nearest field name where a key is unknown."""
+    message = " ".join(message.split())
+    names = _field_names(config_class)
+    for word in message.replace("'", " ").replace('"', " ").replace("--", " ").split():
+        near = difflib.get_close_matches(word.rstrip(".:,="), names, n=1, cutoff=0.75)
+        if near and word.rstrip(".:,=") not in names:
+            return f"{message} (did you mean {near[0]}?)"
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def as_dict(config: SFTConfig) -> dict[str, dict[str, Any]]:
+    """Plain nested values, as YAML and JSON hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: SFTConfig) -> str:
+    """The whole config as YAML that `--config` reads back."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
+
+
+def config_hash(value: Any) -> str:
+    """Short sha256 of plain values: names caches and tells runs apart."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,337 @@
+"""The model: transformers' own, with an adapter or without, behind one question: `model(batch) -> TokenScores`.
+
+`load_model` reads or makes the weights, merges or continues an adapter, adds LoRA, and sets up packed attention,
+compilation and activation checkpointing. PEFT is spoken to here only.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qwen_train.config import ModelConfig, SFTConfig
+from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
+from qwen_train.model.logprobs import TokenScores, token_logprobs
+from qwen_train.model.memory import checkpoint_layers
+
+if TYPE_CHECKING:
+    from qwen_train.data.packing import Batch
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families: the layer class to shard and the token that ends a turn."""
+
+    decoder_layer: str
+    end_of_turn: str
+
+
+FAMILIES = {
+    "qwen2": Family(decoder_layer="Qwen2DecoderLayer", end_of_turn="<|im_end|>"),
+    "qwen3": Family(decoder_layer="Qwen3DecoderLayer", end_of_turn="<|im_end|>"),
+}
+
+
+class PackedLM(nn.Module):
+    """A causal language model that scores packed batches; the head runs in here, on supervised positions only.
+
+    The head inside the forward lets FSDP2 gather it with the root module. There is a `tie_weights`, since accelerate
+    ties again only if there is, and no `get_*_embeddings`, since accelerate would shard the head apart.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel | PeftModel, attention: str, head_chunk: int, end_token: int, pad_token: int
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.attention = attention
+        self.head_chunk = head_chunk
+        self.end_token = end_token
+        self.pad_token = pad_token
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        lm = self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
+        assert isinstance(lm, PreTrainedModel)
+        return lm
+
+    def tie_weights(self) -> None:
+        self.causal_lm.tie_weights()
+
+    def forward(self, batch: "Batch") -> TokenScores:
+        """Log-probabilities (fp32) of the batch's targets."""
+        lm = self.causal_lm
+        hidden = lm.model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            **attention_kwargs(batch, self.attention),
+        ).last_hidden_state[0]
+        hidden = hidden.index_select(0, batch.target_positions)
+        return token_logprobs(
+            hidden, lm.lm_head.weight, batch.targets, self.head_chunk, keep_graph=torch.is_grad_enabled()
+        )
+
+    def _lora_layers(self) -> Iterator[LoraLayer]:
+        return (module for module in self.lm.modules() if isinstance(module, LoraLayer))
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The base model, for the DPO reference. Flags only: no parameter changes its requires_grad."""
+        layers = list(self._lora_layers())
+        assert layers, "adapter_off needs an adapter"
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 64) -> list[list[int]]:
+        """Greedy continuations of `prompts` (token ids), up to and including the end token.
+
+        The packed attention has no cache and no mask, so the model answers with transformers' own `sdpa`, left-padded,
+        in evaluation mode and uncompiled; all of it is put back afterwards.
+        """
+        lm, training = self.causal_lm, self.training
+        implementation = lm.config._attn_implementation
+        device = lm.lm_head.weight.device
+        answers: list[list[int]] = []
+        # Prompts of like length share a batch: less padding, and the first ones are the longest.
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        self.eval()
+        lm.set_attn_implementation("sdpa")
+        torch.compiler.set_stance("force_eager")
+        try:
+            for start in range(0, len(order), batch_size):
+                chosen = [prompts[index] for index in order[start : start + batch_size]]
+                width = max(len(prompt) for prompt in chosen)
+                ids = torch.tensor([[self.pad_token] * (width - len(prompt)) + prompt for prompt in chosen])
+                mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in chosen])
+                generated: Tensor = lm.generate(  # type: ignore[operator]
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=self.pad_token,
+                    eos_token_id=self.end_token,
+                )
+                answers += [self._until_end(row) for row in generated[:, width:].tolist()]
+        finally:
+            torch.compiler.set_stance("default")
+            lm.set_attn_implementation(implementation)
+            self.train(training)
+        by_prompt = dict(zip(order, answers, strict=True))
+        return [by_prompt[index] for index in range(len(prompts))]
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        return ids[: ids.index(self.end_token) + 1] if self.end_token in ids else ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and config
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ValueError where there is none or it cannot serve chat training."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: no tokenizer in {config.path}: {_first_line(error)}; give a model's hub id or folder"
+        ) from None
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"model.path: the tokenizer of {config.path} has no chat template; take an Instruct model's tokenizer "
+            "or put its chat_template.jinja into the folder"
+        )
+    return tokenizer
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """transformers' config of the model. Raises ValueError for a path without one or another family."""
+    try:
+        model_config = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: no model config in {config.path}: {_first_line(error)}; check the path"
+        ) from None
+    if model_config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model.path: {config.path} is a {model_config.model_type} model; "
+            f"this project trains {', '.join(FAMILIES)} (dense Qwen models)"
+        )
+    return model_config
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase, model_type: str) -> tuple[int, int]:
+    """(end-of-turn id, pad id). Pad is never the end token, which would then be learnt as padding."""
+    end = tokenizer.convert_tokens_to_ids(FAMILIES[model_type].end_of_turn)
+    pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    if not isinstance(end, int) or not isinstance(pad, int) or end == pad:
+        raise ValueError(
+            f"model.path: the tokenizer needs {FAMILIES[model_type].end_of_turn} and <|endoftext|>, got ids {end} and "
+            f"{pad}; take a Qwen tokenizer"
+        )
+    return end, pad
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def load_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, base: Path) -> PackedLM:
+    """The model of a run on `device`: weights, adapter, attention, compilation, checkpointing.
+
+    `base` is the run's own folder for the weights of a `from_scratch` run: read if it is there, else left to the caller
+    to write. Raises ValueError for what the user can mend.
+    """
+    model_config = load_model_config(config.model)
+    end, pad = special_tokens(tokenizer, model_config.model_type)
+    attention = resolve_attention(config.model.attention, device, getattr(torch, config.model.dtype))
+    check_config(model_config, attention)
+    lm = _base_model(config, model_config, device, base)
+    if config.model.adapter is not None and config.model.adapter_start == "merge":
+        lm = merge_adapter(lm, config.model.adapter)
+    lm = _with_adapter(lm, config)
+    model = PackedLM(lm, attention, config.model.head_chunk, end, pad)
+    model.causal_lm.set_attn_implementation(ATTENTION)
+    model.causal_lm.config.use_cache = False
+
+    layers = model.causal_lm.model.layers
+    if config.model.compile:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward)
+    count = config.model.checkpoint_layers
+    assert count != "auto", "resolve checkpoint_layers before the model is built"
+    checkpoint_layers(layers, count, dropout=config.lora.enabled and config.lora.dropout > 0)
+    return model
+
+
+def _base_model(config: SFTConfig, model_config: Any, device: torch.device, base: Path) -> PreTrainedModel:
+    dtype = getattr(torch, config.model.dtype)
+    if config.model.from_scratch and not base.exists():
+        torch.manual_seed(config.run.seed)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+    path = str(base) if config.model.from_scratch else config.model.path
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=None if config.model.from_scratch else config.model.revision,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map={"": device},
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: cannot read weights from {path}: {_first_line(error)}; check the path, or set "
+            "model.from_scratch for random weights"
+        ) from None
+
+
+def read_adapter_config(folder: str) -> PeftConfig:
+    """PEFT's config of an adapter folder. Raises ValueError where it is not one."""
+    path = Path(folder)
+    if not (path / "adapter_config.json").exists() or not (path / "adapter_model.safetensors").exists():
+        raise ValueError(
+            f"model.adapter: {folder} is not an adapter folder (adapter_config.json and adapter_model.safetensors); "
+            "give the adapter/ folder of a run, or leave it out to start from the base"
+        )
+    return PeftConfig.from_pretrained(folder)
+
+
+def merge_adapter(lm: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The base with the adapter's update added to its weights."""
+    read_adapter_config(folder)
+    merged: nn.Module = PeftModel.from_pretrained(lm, folder, is_trainable=False).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
+def _with_adapter(lm: PreTrainedModel, config: SFTConfig) -> PreTrainedModel | PeftModel:
+    lm.requires_grad_(not config.lora.enabled)
+    if not config.lora.enabled:
+        return lm
+    if config.model.adapter is not None and config.model.adapter_start == "continue":
+        read_adapter_config(config.model.adapter)
+        return PeftModel.from_pretrained(lm, config.model.adapter, is_trainable=True)
+    torch.manual_seed(config.run.seed)
+    lora = config.lora
+    try:
+        return get_peft_model(
+            lm,
+            PeftLoraConfig(
+                r=lora.r,
+                lora_alpha=lora.scale_numerator,  # type: ignore[arg-type]  # PEFT types it int, and divides by r
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+                use_rslora=lora.use_rslora,
+                use_dora=lora.use_dora,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"lora.target_modules: {_first_line(error)}; name linear layers such as q_proj, or all-linear"
+        ) from None
+
+
+def trainable_parameters(model: PackedLM) -> dict[str, nn.Parameter]:
+    """Trained parameters by the names that PEFT / transformers write on disk."""
+    named = model.lm.named_parameters()
+    return {name.replace(".default.", "."): parameter for name, parameter in named if parameter.requires_grad}
+
+
+def load_trainable(model: PackedLM, tensors: dict[str, Tensor]) -> None:
+    """Put saved values into the trained parameters; the names must be the same set."""
+    parameters = trainable_parameters(model)
+    if parameters.keys() != tensors.keys():
+        missing, extra = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
+        raise ValueError(
+            f"checkpoint: its parameters do not fit the model, missing {sorted(missing)[:3]}, unknown "
+            f"{sorted(extra)[:3]}; resume with the config that wrote it"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def base_fingerprint(model: PackedLM) -> str:
+    """sha256 over the shapes and sampled values of embeddings and norms: tells one base model from another.
+
+    Those are the weights that quantisation and adapters leave alone, so an NF4 run and a bf16 run of the same base
+    agree. 64 values of each tensor are taken.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.causal_lm.named_parameters()):
+        if "embed_tokens" in name or "norm" in name:
+            flat = parameter.detach().flatten()
+            index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)
+            values = flat[index].to(torch.bfloat16).float().tolist()
+            digest.update(json.dumps([name, list(parameter.shape), values]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""Memory of a step: which layers keep their activations and which recompute them in backward."""
+
+from collections.abc import Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_layers(layers: Sequence[nn.Module], count: int, dropout: bool) -> None:
+    """Make `count` of the decoder layers, evenly spread, recompute their activations in backward.
+
+    The forward of the instance is wrapped, so parameter names stay as they are, a compiled layer is recomputed by its
+    compiled code and FSDP2's hooks stay outside. With `dropout` the generator's state is kept for the recomputation:
+    accelerate's own FSDP2 checkpointing does not, and then backward sees other masks than forward did.
+    """
+    for index in range(min(count, len(layers))):
+        layer = layers[index * len(layers) // min(count, len(layers))]
+        layer.forward = _recomputing(layer.forward, preserve_rng_state=dropout)
+
+
+def _recomputing(forward: Any, preserve_rng_state: bool) -> Any:
+    @wraps(forward)
+    def recomputing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(hidden_states, *args, **kwargs)
+        return checkpoint(
+            forward, hidden_states, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
+        )
+
+    return recomputing

@@ -1,0 +1,201 @@
+"""Processes: the start of a run, who this process is, gradients across ranks, global sums, the way out.
+
+The only file that knows ranks. accelerate launches and places the processes and shards under FSDP2; accumulation,
+normalisation and the learning rate belong to the loops.
+"""
+
+import ctypes
+import datetime
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from qwen_train.data.packing import Batch
+    from qwen_train.data.stream import MicroBatches
+
+T = TypeVar("T")
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and saving may keep one rank busy for minutes
+PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
+ALL_REDUCE_BYTES = 256 * 2**20
+PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(Exception):  # noqa: N818  # not an error
+    """A signal asked the run to leave; everything worth keeping has been saved."""
+
+
+class Run:
+    """This process among its ranks.
+
+    rank, world_size, is_main, device as usual; `sharded` under FSDP2. All ranks call every method together.
+    """
+
+    def __init__(self, seed: int, deterministic: bool) -> None:
+        _die_with_launcher()
+        self.stop_signal: signal.Signals | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        # Mixed precision is our own affair (masters in fp32, compute in bf16), so accelerate's autocast stays off.
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.is_main = self.rank == 0
+        self.device = self.accelerator.device
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self.seed = seed
+        self._preparations = 0
+        asked = int(os.environ.get("WORLD_SIZE", 1))
+        if asked != self.world_size:
+            raise ValueError(
+                f"accelerate: {asked} processes were asked for and {self.world_size} started; on the CPU use "
+                "configs/accelerate/ddp_cpu.yaml"
+            )
+
+    # -- signals --------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self.stop_signal is not None and number == signal.SIGINT:
+            os._exit(130)  # the second Ctrl-C: leave at once, the last checkpoint is intact
+        self.stop_signal = signal.Signals(number)
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to leave (a collective, so that all ranks leave together)."""
+        return self.maximum(float(self.stop_signal is not None)) > 0
+
+    # -- collectives ----------------------------------------------------------------------------------------------
+
+    def sum(self, values: Sequence[float] | Tensor) -> list[float]:
+        """Element-wise global sums, in double precision."""
+        total = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def maximum(self, value: float) -> float:
+        if self.world_size == 1:
+            return value
+        largest = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """`function()` on rank 0, then on the others: they find its result in a cache.
+
+        The others wait at the rendezvous store and not in a collective, whose timeout a long tokenisation would pass.
+        """
+        self._preparations += 1
+        if self.world_size == 1:
+            return function()
+        store = dist.distributed_c10d._get_default_store()
+        key = f"qwen_train/prepared/{self._preparations}"
+        if self.is_main:
+            result = function()
+            store.set(key, "done")
+            return result
+        store.wait([key], PREPARATION_TIMEOUT)
+        return function()
+
+    # -- gradients ------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Shard under FSDP2; otherwise give every rank rank 0's trained parameters.
+
+        There is no DistributedDataParallel around the model: every micro-batch would run without synchronising, and
+        one flat all-reduce at the end of `accumulate` is all that is needed of it.
+        """
+        if self.sharded:
+            return self.accelerator.prepare(model, optimizer)
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    dist.broadcast(parameter.data, src=0)
+        return model, optimizer
+
+    def accumulate(self, model: nn.Module, microbatches: "MicroBatches", step: int) -> Iterator["Batch"]:
+        """This rank's micro-batches, on the device; after the last one gradients are averaged over the ranks.
+
+        Dropout is seeded for each micro-batch by (seed, step, micro-batch, rank), so a resumed run draws the same
+        masks without any saved generator state. FSDP2 reduces in every backward instead: holding back would keep
+        whole fp32 gradients on each GPU.
+        """
+        for index, batch in enumerate(microbatches.batches):
+            torch.manual_seed(_seed(self.seed, step, index, self.rank))
+            yield batch.to(self.device, non_blocking=True)
+        if self.world_size > 1 and not self.sharded:
+            self._average_gradients(model)
+
+    def _average_gradients(self, model: nn.Module) -> None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        bucket: list[Tensor] = []
+        for position, gradient in enumerate(gradients):
+            bucket.append(gradient)
+            full = sum(g.numel() * g.element_size() for g in bucket) >= ALL_REDUCE_BYTES
+            if full or position + 1 == len(gradients):
+                flat = torch.cat([g.flatten() for g in bucket])
+                dist.all_reduce(flat)
+                flat /= self.world_size
+                for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                    g.copy_(part.view_as(g))
+                bucket = []
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`, which the loop has multiplied by world_size, since they are averaged over ranks."""
+        loss.backward()
+
+    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> float:
+        """Global L2 norm of the gradients before clipping to `max_norm` (0: no clipping); the same on every rank."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") % 2**63
+
+
+def _die_with_launcher() -> None:
+    """Ask the kernel for SIGTERM when the parent dies: the single-process launcher does not forward its own."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def env_is_main() -> bool:
+    """Whether this is rank 0, before any process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
