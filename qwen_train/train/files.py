@@ -5,6 +5,7 @@ to `<name>.old-<uuid>` for the moment between two renames. `clean_leftovers` put
 Tests replace `disk` by one that fails or dies at the n-th operation.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -184,6 +185,19 @@ def sync_files(folder: Path) -> None:
             with open(path, "rb") as file:
                 disk.sync(file)
     disk.sync_folder(folder)
+
+
+@contextlib.contextmanager
+def replacing_folder(final: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `final` when the block ends; after an error all is as before."""
+    temporary = stage_folder(final)
+    try:
+        yield temporary
+        sync_files(temporary)
+        install_folder(temporary, final)
+    finally:
+        if temporary.exists():
+            delete_folder(temporary)
 
 
 def delete_folder(path: Path) -> None:

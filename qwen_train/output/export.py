@@ -1,0 +1,299 @@
+"""What a run hands over: PEFT adapter folders, Hugging Face model folders, tokenizer and template, the model card.
+
+A folder appears whole or not at all (and replaces an earlier one of its name in one rename); safetensors, JSON and text
+only. Cards name no absolute path and no secret: they are made to be published.
+"""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qwen_train.train.files import replacing_folder, write_bytes_atomic, write_file, write_tensors
+
+MAX_SHARD_SIZE = "5GB"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank takes
+REDACTED = "(redacted)"
+SECRET_NAME = re.compile(r"(^|_)(token|key|api_?key|secret|passw(or)?d|passphrase|credentials?|auth)(_|$)")
+SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,})"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+)
+# A path from the root, a home or a drive, but no part of a relative one, and not what follows "https:".
+ABSOLUTE_PATH = re.compile(r"""(?:file://|(?<![\w./:~\\-])|(?<=:)(?!//))(?:~\w*/|/|[A-Za-z]:\\)[^\s"',;)\]]+""")
+
+CardKind = Literal["adapter", "merged", "full"]
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(
+    folder: Path,
+    peft_model: PeftModel,
+    state_dict: Mapping[str, Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    base_name: str,
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> None:
+    """Write a PEFT adapter folder: adapter_model.safetensors, adapter_config.json, tokenizer, template, card.
+
+    `state_dict`: the adapter's tensors (gathered, if they are sharded), named as in the model or as PEFT stores them;
+    None takes those of `peft_model`. They must be exactly the adapter's (ValueError otherwise). `base_name` becomes
+    base_model_name_or_path. `dtype`: store as (default: as they are).
+    """
+    tensors = _adapter_tensors(peft_model, state_dict, adapter_name)
+    config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # the same file every time
+    with replacing_folder(folder) as temporary:
+        write_tensors(temporary / "adapter_model.safetensors", _cast(tensors, dtype))
+        config.save_pretrained(str(temporary))
+        write_tokenizer(temporary, tokenizer)
+        if card is not None:
+            write_file(temporary / "README.md", [card.encode()])
+
+
+def write_full_model(
+    folder: Path,
+    model: PreTrainedModel,
+    state_dict: Mapping[str, Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+    card: str | None = None,
+) -> None:
+    """Write a Hugging Face model folder: sharded safetensors and index, config, generation config, tokenizer, card.
+
+    `state_dict`: all tensors (gathered, if they are sharded) under the model's own names; None takes those of `model`.
+    A head that is tied to the embedding is left out, as transformers does. `dtype`: store floating tensors as.
+    """
+    expected = dict(model.state_dict())
+    tensors = dict(expected if state_dict is None else state_dict)
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+        expected.pop("lm_head.weight", None)
+    _require_same_names("model", tensors, expected)
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
+    if dtype is not None:
+        config.dtype = dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
+    with replacing_folder(folder) as temporary:
+        for file_name, names in split.filename_to_tensors.items():
+            write_tensors(temporary / file_name, _cast({name: tensors[name] for name in names}, dtype))
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True).encode()
+            write_file(temporary / "model.safetensors.index.json", [text])
+        config.save_pretrained(str(temporary))
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(str(temporary))
+        write_tokenizer(temporary, tokenizer)
+        if card is not None:
+            write_file(temporary / "README.md", [card.encode()])
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's files and chat_template.jinja into an existing folder."""
+    tokenizer.save_pretrained(str(folder))
+
+
+def _adapter_tensors(
+    model: PeftModel, state_dict: Mapping[str, Tensor] | None, adapter_name: str
+) -> Mapping[str, Tensor]:
+    # save_embedding_layers=False: its "auto" asks the hub for the base's config and could write whole embeddings.
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    if state_dict is None:
+        return expected
+    given = state_dict
+    if given.keys() != expected.keys():
+        given = get_peft_model_state_dict(model, dict(given), adapter_name, save_embedding_layers=False)
+    _require_same_names("adapter", given, expected)
+    return given
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
+        for name, tensor in tensors.items()
+    }
+
+
+def _require_same_names(what: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"export of the {what}: {len(missing)} tensors are missing ({', '.join(missing[:3])}) and {len(unknown)} "
+            f"are not the {what}'s ({', '.join(unknown[:3])}); nothing was written"
+        )
+
+
+# The model card ------------------------------------------------------------------------------------------------------
+
+
+def model_card(
+    folder: Path,
+    *,
+    kind: CardKind,
+    method: str,
+    base_name: str,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    datasets: Sequence[str] = (),
+    lora: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    weights: str = ".",
+) -> str:
+    """The text of README.md: front matter for the hub, how to load and serve it, how it was made.
+
+    `folder`: where the card will lie (paths in it are relative to that); `weights`: the weights' folder, seen from
+    there. `method`: "SFT" or "DPO". `config`: the resolved config, nested. `facts`: steps, tokens, time, versions ...;
+    `metrics`: the last values by full name. `datasets`: paths or hub ids of the training data. `lora`: r, use_dora of
+    the adapter. The licence is left to the person who publishes.
+    """
+    base = _portable(base_name, folder)
+    title = name or folder.resolve().name
+    front: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": "adapter" if kind == "adapter" else "finetune",
+        "library_name": "peft" if kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["qwen_train", method.lower()],
+    }
+    if kind == "adapter":
+        front["tags"] += ["lora", f"base_model:adapter:{base}"]
+    hub_datasets = [data for data in datasets if _is_hub_id(data)]
+    if hub_datasets:
+        front["datasets"] = hub_datasets
+    made = {"adapter": "A LoRA adapter for", "merged": "A LoRA adapter merged into", "full": "A fine-tuned version of"}
+    rows = {**facts, "data": ", ".join(_portable(data, folder) for data in datasets) or "-"}
+    numbers = {key: f"{value:.6g}" for key, value in metrics.items()}
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
+        f"# {title}",
+        f"{made[kind]} `{base}`, trained with {method} by qwen_train. Commands are meant for the folder of this file.",
+        "## Load",
+        _loading(kind, base, weights),
+        "## Serve with vLLM",
+        _serving(kind, base, weights, title, lora),
+        "## Training",
+        _table(("Fact", "Value"), rows),
+        "## Metrics",
+        _table(("Metric", "Value"), numbers) if numbers else "None were taken.",
+        "## Config",
+        "```yaml\n" + yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True) + "```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_model_card(folder: Path, **card: Any) -> None:
+    """Write `folder/README.md` atomically; the keyword arguments are those of `model_card`."""
+    write_bytes_atomic(folder / "README.md", model_card(folder, **card).encode())
+
+
+def _loading(kind: CardKind, base: str, weights: str) -> str:
+    adapter = kind == "adapter"
+    source = base if adapter else weights
+    lines = [
+        "```python",
+        *(["from peft import PeftModel"] if adapter else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{weights}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{source}", dtype="auto", device_map="auto")',
+        *([f'model = PeftModel.from_pretrained(model, "{weights}")'] if adapter else []),
+        'messages = [{"role": "user", "content": "Hello!"}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        ").to(model.device)",
+        "answer = model.generate(**inputs, max_new_tokens=256)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _serving(kind: CardKind, base: str, weights: str, title: str, lora: Mapping[str, Any] | None) -> str:
+    served = re.sub(r"[^A-Za-z0-9._-]+", "-", title)
+    if kind != "adapter":
+        return f"```bash\nvllm serve {weights} --served-model-name {served}\n```"
+    assert lora is not None, "the card of an adapter needs its rank"
+    if lora.get("use_dora"):
+        return "vLLM does not serve DoRA adapters: write a merged folder with `python launch/merge.py` and serve that."
+    r = lora["r"]
+    rank = next((value for value in VLLM_RANKS if value >= r), None)
+    if rank is None:
+        return f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this one is {r}: merge it with `python launch/merge.py`."
+    command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {served}={weights}"
+    note = "" if rank == r else f"\n\nThe adapter's rank is {r}; of the ranks that vLLM takes, {rank} is the next."
+    return f"```bash\n{command}\n```{note}"
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
+    for name, value in redacted(rows).items():
+        cell = str(value).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {name} | {cell} |")
+    return "\n".join(lines)
+
+
+# What may be published -----------------------------------------------------------------------------------------------
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """A copy fit to be published: what has a secret's name or form is masked, absolute paths keep their last part.
+
+    Tuples become lists and other objects their string, so that YAML and JSON take the result.
+    """
+    if SECRET_NAME.search(re.sub(r"[-. ]", "_", name.lower())) and value not in (None, ""):
+        return REDACTED
+    if isinstance(value, Mapping):
+        return {_scrubbed(str(key)): redacted(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redacted(item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _scrubbed(str(value))
+
+
+def _scrubbed(text: str) -> str:
+    if "\n" not in text and re.match(r"/|~|\.\./\.\./|[A-Za-z]:\\", text):
+        text = _last_part(text)  # the whole text is a path: it may hold blanks
+    text = ABSOLUTE_PATH.sub(lambda match: _last_part(match[0]), text)
+    return SECRET_VALUE.sub(REDACTED, text)
+
+
+def _last_part(path: str) -> str:
+    return Path(path.replace("\\", "/")).name
+
+
+def _is_hub_id(name: str) -> bool:
+    plain = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+    return plain is not None and not Path(name).suffix and not Path(name).exists()
+
+
+def _portable(name: str, folder: Path) -> str:
+    """A hub id as it is; a local path relative to `folder` if it lies within or beside it, else its last part."""
+    if not (Path(name).is_absolute() or name.startswith(("~", ".", "\\")) or Path(name).exists()):
+        return _scrubbed(name)
+    relative = os.path.relpath(Path(name).expanduser().resolve(), folder.resolve())
+    return _last_part(name) if relative.startswith("../..") else relative
