@@ -1,0 +1,710 @@
+"""Rows of JSON, JSONL, Parquet, `datasets` folders and hub sets as `Conversation` (SFT) or `Preference` (DPO).
+
+What a caller uses:
+- `resolve_paths(data.train)`: the config's `data.train` / `data.eval` as `[Source(path, weight), ...]`;
+- `read_rows(source_index, path)`: `RawRow`s: the JSON text of one row and its place (`file:line`);
+- `parse_row(text, kind, format)`: one JSON text -> `Conversation` or `Preference`, or a `RowError` with a reason;
+- `FORMATS`: the table a new format is added to: a function `row -> Conversation | Preference` and its line here;
+- `build_table`, `load_table`: the only doors to the `datasets` package, for `data/tokenize.py`.
+
+JSON and JSONL are read with `json` alone, so tool schemas and arguments that differ between rows (and the user's own
+nulls in them) pass unharmed; Arrow gives every struct of a column the same keys and fills the absent ones with null,
+which is undone here for Parquet, `datasets` folders and hub sets.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+DataPaths = str | list[str | dict[str, float]]
+Kind = Literal["sft", "dpo"]
+Message = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+
+
+class RowError(ValueError):
+    """One row cannot be used: `reason` is a short key to count by, `drop` says it is left out rather than an error."""
+
+    def __init__(self, reason: str, message: str, *, drop: bool = False, notes: dict[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.drop = drop
+        self.notes = notes or {}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One SFT row. A message: role, content (str), and where given tool_calls, reasoning_content, name, weight."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One DPO row: a prompt that ends in a user or tool message, and two answers to it."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+# --- where rows come from ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as JSON text, or the reason why it could not even be read; `row` counts from 0 (JSONL: line - 1)."""
+
+    source: int
+    path: str
+    row: int
+    text: str
+    has_lines: bool
+    error: tuple[str, str] | None = None
+
+    @property
+    def place(self) -> str:
+        return row_place(self.path, self.row, self.has_lines)
+
+
+def row_place(path: str, row: int, has_lines: bool) -> str:
+    """`file:line` for files of lines (1-based), `file: row n` (0-based, as in dumps) for all others."""
+    return f"{path}:{row + 1}" if has_lines else f"{path}: row {row}"
+
+
+def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.train") -> list[Source]:
+    """The config's value as a list of sources: a path, or a list of paths and `path: weight` entries (weight > 0)."""
+    if paths is None or paths == "" or paths == []:
+        raise ValueError(f"{name}: no path given; give a file, a folder or a hub id")
+    entries = paths if isinstance(paths, list) else [paths]
+    sources: list[Source] = []
+    for entry in entries:
+        pairs = entry.items() if isinstance(entry, dict) else [(entry, 1.0)]
+        for path, weight in pairs:
+            if not isinstance(path, str) or not path.strip():
+                raise ValueError(
+                    f"{name}: a path must be a non-empty string, got {path!r}; give a file, folder or hub id"
+                )
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"{name}: the weight of {path!r} must be a finite number above 0, got {weight!r}")
+            sources.append(Source(path, float(weight)))
+    seen = [source.path for source in sources]
+    for path in seen:
+        if seen.count(path) > 1:
+            raise ValueError(f"{name}: {path!r} is listed {seen.count(path)} times; list it once, with a weight")
+    return sources
+
+
+def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parquet", "folder", "hub"]:
+    """How a path will be read; ValueError when it is neither a readable file or folder nor a hub id."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        if (file / "state.json").exists() or (file / "dataset_dict.json").exists():
+            return "folder"
+        if any(file.glob("*.parquet")):
+            return "parquet"
+        raise ValueError(f"{name}: the folder {path!r} holds no `datasets` set and no .parquet file; name a file in it")
+    if file.exists():
+        suffix = file.suffix.lower()
+        if suffix in LINE_SUFFIXES:
+            return "lines"
+        if suffix == ".json":
+            return "json"
+        if suffix == ".parquet":
+            return "parquet"
+        raise ValueError(f"{name}: {path!r} has the unknown suffix {suffix!r}; use .jsonl, .json or .parquet")
+    looks_like_file = Path(path).suffix.lower() in (*LINE_SUFFIXES, ".json", ".parquet")
+    if looks_like_file or not HUB_ID.fullmatch(path):
+        raise ValueError(f"{name}: {path!r} does not exist; give a file, a folder or a hub id (name[:split])")
+    return "hub"
+
+
+def content_hash(path: str) -> str:
+    """sha256 of what a source holds: the bytes of its files; for a hub set the fingerprint that `datasets` gives it."""
+    if source_kind(path) == "hub":
+        return str(_load_arrow(path)._fingerprint)
+    digest = hashlib.sha256()
+    root = Path(path).expanduser()
+    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        if file.is_file():
+            digest.update(str(file.relative_to(root)).encode())
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_rows(source: int, path: str) -> Iterator[RawRow]:
+    """Every row of a source in order; a row that is no JSON object arrives with its `error` set and is not lost."""
+    kind = source_kind(path)
+    if kind == "lines":
+        yield from _read_lines(source, path)
+    elif kind == "json":
+        yield from _read_json(source, path)
+    else:
+        for index, row in enumerate(_load_arrow(path)):
+            text = json.dumps(_without_nulls(row), default=str)
+            yield RawRow(source, path, index, text, has_lines=False)
+
+
+def _read_lines(source: int, path: str) -> Iterator[RawRow]:
+    with open(Path(path).expanduser(), "rb") as stream:
+        for index, line in enumerate(stream):
+            if not (line := line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip():
+                continue
+            try:
+                yield RawRow(source, path, index, line.decode(), has_lines=True)
+            except UnicodeDecodeError as error:
+                problem = ("bad_encoding", f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8")
+                yield RawRow(source, path, index, "", has_lines=True, error=problem)
+
+
+def _read_json(source: int, path: str) -> Iterator[RawRow]:
+    """A JSON list of objects; a file of one object a line is read as lines, a single object as one row."""
+    data = Path(path).expanduser().read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    if not text.lstrip().startswith("["):
+        first_line = text.lstrip().split("\n", 1)[0]
+        if _json_problem(first_line) is None or _json_problem(text) is not None:
+            yield from _read_lines(source, path)
+        else:
+            yield RawRow(source, path, 0, text, has_lines=False)
+        return
+    try:
+        rows = _loads(text)
+    except (ValueError, RecursionError) as error:
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        raise ValueError(f"{place}: malformed JSON: {error}; repair it, or save one object a line as .jsonl") from None
+    for index, row in enumerate(rows):
+        yield RawRow(source, path, index, json.dumps(row), has_lines=False)
+
+
+def _load_arrow(path: str) -> Any:
+    """A `datasets.Dataset` from Parquet, a save_to_disk folder, or a hub id with an optional :split."""
+    import datasets
+
+    kind = source_kind(path)
+    expanded = str(Path(path).expanduser())
+    if kind == "parquet":
+        files = sorted(glob.glob(f"{glob.escape(expanded)}/*.parquet")) if Path(expanded).is_dir() else [expanded]
+        try:
+            return datasets.Dataset.from_parquet(files)
+        except Exception as error:  # pyarrow and datasets raise a dozen types for an unreadable file
+            raise ValueError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
+    if kind == "folder":
+        try:
+            loaded = datasets.load_from_disk(expanded)
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable `datasets` folder: {_one_line(error)}") from error
+        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+        if len(splits) == 1:
+            return next(iter(splits.values()))
+        if "train" not in splits:
+            raise ValueError(f"{path}: holds the splits {', '.join(splits)} and no train; name one split's folder")
+        return splits["train"]
+    name, _, split = path.partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        reason = _one_line(error)
+        raise ValueError(f"{path}: no such file, and the hub did not give it as a data set: {reason}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _json_problem(text: str) -> str | None:
+    try:
+        _loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"malformed JSON: {_one_line(error).partition(': ')[2]}"
+    return None
+
+
+def parse_row(text: str, kind: Kind, format: str = "auto") -> Conversation | Preference:
+    """One JSON text -> `Conversation` (kind "sft") or `Preference` (kind "dpo"), or RowError."""
+    try:
+        row = _loads(text)
+    except (ValueError, RecursionError):
+        raise RowError("bad_json", str(_json_problem(text))) from None
+    if not isinstance(row, dict):
+        raise RowError("bad_json", f"a row must be a JSON object, got {type(row).__name__}")
+    name = detect_format(row, kind) if format == "auto" else format
+    return FORMATS[name].parse(row)
+
+
+def detect_format(row: dict[str, Any], kind: Kind) -> str:
+    """The first format of this kind whose keys the row has; the table's order decides."""
+    for name, known in FORMATS.items():
+        if known.kind == kind and all(row.get(key) is not None for key in known.keys):
+            return name
+    known_names = ", ".join(f"{name} ({' + '.join(f.keys)})" for name, f in FORMATS.items() if f.kind == kind)
+    found = ", ".join(sorted(map(str, row))) or "none"
+    raise RowError("unknown_format", f"no {kind} format fits the keys {found}; known: {known_names}")
+
+
+def check_format(format: str, kind: Kind) -> None:
+    """ValueError unless `format` is "auto" or a format of this kind."""
+    known = [name for name, entry in FORMATS.items() if entry.kind == kind]
+    if format != "auto" and format not in known:
+        raise ValueError(f"data.format: {format!r} is no format of {kind} rows; use auto or one of {', '.join(known)}")
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def _messages(value: Any, name: str) -> list[Message]:
+    """A list of messages with roles, contents, tool calls and weights validated and brought to one form."""
+    if not isinstance(value, list):
+        raise RowError("bad_messages", f"{name} must be a list of messages, got {type(value).__name__}")
+    if not value:
+        raise RowError("empty_messages", f"{name} is empty")
+    return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
+
+
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, dict):
+        raise RowError("bad_messages", f"{name} must be an object with role and content, got {type(value).__name__}")
+    role = value.get("role")
+    if role not in ROLES:
+        raise RowError("bad_role", f"{name} has the role {role!r}; known roles: {', '.join(ROLES)}")
+    message: Message = {"role": role}
+    tool_calls = value.get("tool_calls")
+    if tool_calls:
+        if role != "assistant":
+            raise RowError("bad_tool_call", f"{name} ({role}) has tool_calls; only an assistant calls tools")
+        message["tool_calls"] = _tool_calls(tool_calls, f"{name}.tool_calls")
+    message["content"] = _content(value, name, optional=bool(tool_calls))
+    for key in REASONING_KEYS:
+        if (reasoning := value.get(key)) is not None and role == "assistant":
+            if not isinstance(reasoning, str):
+                raise RowError("bad_content", f"{name}.{key} must be text, got {type(reasoning).__name__}")
+            if reasoning.strip():
+                message["reasoning_content"] = reasoning
+            break
+    for key in ("name", "tool_call_id"):
+        if value.get(key) is not None:
+            if not isinstance(value[key], str):
+                raise RowError("bad_messages", f"{name}.{key} must be text, got {type(value[key]).__name__}")
+            message[key] = value[key]
+    if not message["content"].strip() and not tool_calls:
+        if role == "assistant":
+            raise RowError("empty_answer", f"{name} is an assistant message without text or tool calls")
+        if role == "user":
+            raise RowError("empty_message", f"{name} is a user message without text")
+    if (weight := _weight(value, name)) is not None:
+        message["weight"] = weight
+    return message
+
+
+def _content(message: dict[str, Any], name: str, optional: bool) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and optional:
+        return ""
+    if content is None:
+        raise RowError("no_content", f"{name} ({message['role']}) has no content")
+    if not isinstance(content, list):
+        raise RowError("bad_content", f"{name}.content must be text, got {type(content).__name__}")
+    texts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RowError("bad_content", f"{name}.content holds a part of type {kind!r}; only text is trained")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _weight(message: dict[str, Any], name: str) -> float | None:
+    """`train: false` is weight 0; `weight` is a finite number >= 0; None where the message says neither."""
+    train, weight = message.get("train"), message.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise RowError("bad_weight", f"{name}.train must be true or false, got {train!r}")
+    if weight is not None:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise RowError("bad_weight", f"{name}.weight must be a finite number >= 0, got {weight!r}")
+        return 0.0 if train is False else float(weight)
+    return None if train is None else float(train)
+
+
+def _tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
+    """Calls as `{"type": "function", "function": {"name", "arguments": object}}`, arguments parsed from JSON text."""
+    if not isinstance(value, list):
+        raise RowError("bad_tool_call", f"{name} must be a list, got {type(value).__name__}")
+    calls = []
+    for index, call in enumerate(value):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RowError("bad_tool_call", f"{name}[{index}] must be an object with a name and arguments")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _json_value(arguments or "{}", f"{name}[{index}].arguments", "bad_tool_call")
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            got = type(arguments).__name__
+            raise RowError("bad_tool_call", f"{name}[{index}].arguments must be a JSON object, got {got}")
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _json_value(text: str, name: str, reason: str) -> Any:
+    try:
+        return _loads(text)
+    except (ValueError, RecursionError):
+        raise RowError(reason, f"{name} is no JSON: {_json_problem(text)}") from None
+
+
+def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _json_value(tools, "tools", "bad_tools") if tools.strip() else None
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise RowError("bad_tools", f"tools must be a list of objects (or its JSON text), got {type(tools).__name__}")
+    parsed = [_json_value(t, f"tools[{i}]", "bad_tools") if isinstance(t, str) else t for i, t in enumerate(tools)]
+    for index, tool in enumerate(parsed):
+        if not isinstance(tool, dict) or not tool:
+            raise RowError("bad_tools", f"tools[{index}] must be an object with the tool's schema")
+    return parsed
+
+
+def _check_order(messages: list[Message]) -> None:
+    """System only first, then a user; a tool result follows an assistant's call. Runs of one role are legal."""
+    body = messages[1:] if messages[0]["role"] == "system" else messages
+    if any(message["role"] == "system" for message in body):
+        raise RowError("bad_order", "a system message stands after the first place")
+    if not body or body[0]["role"] != "user":
+        first = body[0]["role"] if body else "nothing"
+        raise RowError("bad_order", f"the first message after the system prompt must be a user's, got {first}")
+    called = False
+    for index, message in enumerate(messages):
+        if message["role"] == "tool" and not called:
+            raise RowError("bad_order", f"message {index} is a tool result that follows no assistant tool call")
+        called = bool(message.get("tool_calls")) or (called and message["role"] == "tool")
+
+
+def _conversation(messages: list[Message], row: dict[str, Any]) -> Conversation:
+    messages = _with_system(messages, row)
+    _check_order(messages)
+    if all(message["role"] != "assistant" for message in messages):
+        raise RowError("no_assistant", "the conversation holds no assistant message, so there is nothing to learn")
+    return Conversation(messages, _tools(row))
+
+
+def _preference(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], row: dict[str, Any]
+) -> Preference:
+    prompt = _with_system(prompt, row)
+    _check_order(prompt)
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise RowError("bad_order", f"the prompt must end with a user or tool message, got {prompt[-1]['role']}")
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        roles = [message["role"] for message in answer]
+        if roles != ["assistant"]:
+            shown = ", ".join(roles) or "nothing"
+            raise RowError("bad_answer", f"{name} must be exactly one assistant message after the prompt, got {shown}")
+        if answer[0].get("weight", 1.0) != 1.0:
+            raise RowError("bad_weight", f"{name} carries train or weight; answers of a pair are weighed alike")
+    return Preference(prompt, chosen, rejected, _tools(row))
+
+
+def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+    system = row.get("system")
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise RowError("bad_content", f"system must be text, got {type(system).__name__}")
+    if messages and messages[0]["role"] == "system":
+        raise RowError("bad_order", "the row has a system field and a system message; keep one")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _text_or_messages(value: Any, name: str, role: str) -> list[Message]:
+    return [_message({"role": role, "content": value}, name)] if isinstance(value, str) else _messages(value, name)
+
+
+# --- the formats ------------------------------------------------------------------------------------------------------
+
+
+def from_messages(row: dict[str, Any]) -> Conversation:
+    """`{"messages": [{"role", "content", ...}], "tools"?, "system"?}`."""
+    return _conversation(_messages(row.get("messages"), "messages"), row)
+
+
+def from_prompt_completion(row: dict[str, Any]) -> Conversation:
+    """`{"prompt", "completion", "system"?, "tools"?}`, texts or message lists; only the completion is supervised."""
+    prompt = _text_or_messages(row.get("prompt"), "prompt", "user")
+    completion = _text_or_messages(row.get("completion"), "completion", "assistant")
+    for message in prompt:
+        if message["role"] == "assistant":
+            message["weight"] = 0.0
+    return _conversation(prompt + completion, row)
+
+
+def from_alpaca(row: dict[str, Any]) -> Conversation:
+    """`{"instruction", "input"?, "output", "system"?, "history"?: [[user, assistant], ...]}`; input on its own line."""
+    messages: list[Message] = []
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise RowError(
+            "bad_messages", f"history must be a list of [user, assistant] pairs, got {type(history).__name__}"
+        )
+    for index, turn in enumerate(history):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RowError("bad_messages", f"history[{index}] must be a [user, assistant] pair")
+        messages += [
+            _message({"role": role, "content": text}, f"history[{index}]")
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    for key in ("instruction", "input"):
+        if not isinstance(row.get(key) or "", str):
+            raise RowError("bad_content", f"{key} must be text, got {type(row[key]).__name__}")
+    user = "\n".join(text for text in (row.get("instruction"), row.get("input")) if text and text.strip())
+    messages.append(_message({"role": "user", "content": user}, "instruction"))
+    messages.append(_message({"role": "assistant", "content": row.get("output")}, "output"))
+    return _conversation(messages, row)
+
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "observation": "tool",
+    "tool": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+
+
+def _sharegpt_message(value: Any, name: str) -> Message:
+    if not isinstance(value, dict):
+        raise RowError("bad_messages", f"{name} must be an object with from and value, got {type(value).__name__}")
+    if "from" not in value and "role" in value:
+        return _message(value, name)
+    tag = value.get("from")
+    role = SHAREGPT_ROLES.get(tag) if isinstance(tag, str) else None
+    if role is None:
+        raise RowError("bad_role", f"{name} is from {tag!r}; known: {', '.join(SHAREGPT_ROLES)}")
+    message = {key: item for key, item in value.items() if key not in ("from", "value")}
+    if role != "call":
+        return _message({**message, "role": role, "content": value.get("value")}, name)
+    call = value.get("value")
+    if isinstance(call, str):
+        call = _json_value(call, f"{name}.value", "bad_tool_call")
+    calls = call if isinstance(call, list) else [call]
+    if not calls:
+        raise RowError("bad_tool_call", f"{name}.value holds no call")
+    return _message({**message, "role": "assistant", "content": "", "tool_calls": calls}, name)
+
+
+def _sharegpt_messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise RowError("bad_messages", f"{name} must be a list of messages, got {type(value).__name__}")
+    if not value:
+        raise RowError("empty_messages", f"{name} is empty")
+    return [_sharegpt_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
+
+
+def from_sharegpt(row: dict[str, Any]) -> Conversation:
+    """`{"conversations": [{"from", "value"}], "system"?, "tools"?}`; a function_call's value is the call as JSON."""
+    return _conversation(_sharegpt_messages(row.get("conversations"), "conversations"), row)
+
+
+def from_sharegpt_preference(row: dict[str, Any]) -> Preference:
+    """`{"conversations": [...], "chosen": {"from", "value"}, "rejected": {...}, "system"?, "tools"?}`."""
+    prompt = _sharegpt_messages(row.get("conversations"), "conversations")
+    answers = []
+    for name in ("chosen", "rejected"):
+        value = row.get(name)
+        if isinstance(value, str):
+            value = {"from": "gpt", "value": value}
+        answers.append(_sharegpt_messages(value if isinstance(value, list) else [value], name))
+    return _preference(prompt, answers[0], answers[1], row)
+
+
+def from_preference(row: dict[str, Any]) -> Preference:
+    """`{"prompt", "chosen", "rejected", "system"?, "tools"?}`: message lists or texts, the answers without the prompt.
+
+    Answers that are whole conversations (they start with a system or user message) count as implicit prompts; a prompt
+    given besides must then be among their messages.
+    """
+    chosen = row.get("chosen")
+    if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict) and chosen[0].get("role") != "assistant":
+        preference = from_implicit_preference(row)
+        given = row["prompt"]
+        if isinstance(given, str):
+            agrees = any(message["content"].strip() == given.strip() for message in preference.prompt)
+        else:
+            agrees = _with_system(_messages(given, "prompt"), row) == preference.prompt
+        if not agrees:
+            raise RowError("prompt_mismatch", "prompt is not the conversation that chosen and rejected begin with")
+        return preference
+    prompt = _text_or_messages(row.get("prompt"), "prompt", "user")
+    answers = [_text_or_messages(row.get(name), name, "assistant") for name in ("chosen", "rejected")]
+    return _preference(prompt, answers[0], answers[1], row)
+
+
+def from_implicit_preference(row: dict[str, Any]) -> Preference:
+    """`{"chosen": [...], "rejected": [...], "system"?, "tools"?}`: conversations that share all but the answer."""
+    chosen, rejected = _messages(row.get("chosen"), "chosen"), _messages(row.get("rejected"), "rejected")
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if messages[-1]["role"] != "assistant":
+            raise RowError("bad_answer", f"{name} must end with the assistant's answer, got {messages[-1]['role']}")
+        if len(messages) < 2:
+            raise RowError("no_prompt", f"{name} is an answer alone and the row has no prompt; add one")
+    if chosen[:-1] != rejected[:-1]:
+        pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)) - 1)
+        raise RowError("prompt_mismatch", f"chosen and rejected differ at message {first}, before their last answer")
+    return _preference(chosen[:-1], chosen[-1:], rejected[-1:], row)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write rows: the keys that tell it apart and the function that reads it."""
+
+    kind: Kind
+    keys: tuple[str, ...]
+    parse: Callable[[dict[str, Any]], Conversation | Preference]
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format("sft", ("messages",), from_messages),
+    "sharegpt": Format("sft", ("conversations",), from_sharegpt),
+    "prompt_completion": Format("sft", ("prompt", "completion"), from_prompt_completion),
+    "alpaca": Format("sft", ("instruction", "output"), from_alpaca),
+    "preference": Format("dpo", ("prompt", "chosen", "rejected"), from_preference),
+    "sharegpt_preference": Format("dpo", ("conversations", "chosen", "rejected"), from_sharegpt_preference),
+    "implicit_preference": Format("dpo", ("chosen", "rejected"), from_implicit_preference),
+}
+
+
+# --- token tables (the `datasets` package) ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """A column of a token table: its number type and whether a row holds a list of them."""
+
+    dtype: str
+    is_list: bool = False
+
+
+def _features(columns: dict[str, TableColumn]) -> Any:
+    import datasets
+
+    return datasets.Features(
+        {
+            name: datasets.List(datasets.Value(column.dtype)) if column.is_list else datasets.Value(column.dtype)
+            for name, column in columns.items()
+        }
+    )
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    import datasets
+
+    hide = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
+
+
+def build_table(
+    rows: Callable[[], Iterator[dict[str, Any]]],
+    row_columns: dict[str, TableColumn],
+    judge: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    out_columns: dict[str, TableColumn],
+    *,
+    workers: int,
+    rows_per_worker: int,
+    batch_size: int,
+    folder: Path,
+) -> Any:
+    """Rows through `judge` (batches in, batches out) in up to `workers` processes: a `datasets.Dataset` in `folder`."""
+    import datasets
+
+    with _bars_on_terminals_only():
+        raw = datasets.Dataset.from_generator(
+            rows, features=_features(row_columns), cache_dir=str(folder / "raw"), fingerprint="raw"
+        )
+        processes = min(workers, len(raw) // rows_per_worker)
+        return raw.map(
+            judge,
+            batched=True,
+            batch_size=batch_size,
+            num_proc=processes if processes > 1 else None,
+            remove_columns=list(row_columns),
+            features=_features(out_columns),
+            load_from_cache_file=False,
+            cache_file_name=str(folder / "judged.arrow"),
+            new_fingerprint="judged",
+            desc="tokenize",
+        )
+
+
+def save_table(table: Any, keep: list[int], columns: list[str], folder: Path) -> None:
+    """Write the kept rows and columns of a table as a `datasets` folder."""
+    with _bars_on_terminals_only():
+        table.select_columns(columns).select(keep).save_to_disk(str(folder))
+
+
+def load_table(folder: Path) -> Any:
+    """A folder of `save_table`, memory-mapped."""
+    import datasets
+
+    return datasets.load_from_disk(str(folder))

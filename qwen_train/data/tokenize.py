@@ -1,0 +1,516 @@
+"""Files of rows -> cached token arrays, and every row's verdict for the flight check.
+
+What a caller uses:
+- `tokenize_conversations(paths, tokenizer, options, ...)` (SFT) and `tokenize_preferences(...)` (DPO) -> `TokenDataset`:
+  tokenises in worker processes, or loads the cache when files, options, template, tokenizer and code are the same.
+  Call it on rank 0 first and on the others afterwards: the second call only loads. Rows in error end it with one
+  ValueError that lists the first ten with file and line; dropped rows are counted in `TokenDataset.report`;
+- `TokenDataset.dataset`: the `datasets.Dataset`, columns as in `SFT_COLUMNS` / `DPO_COLUMNS`; `.column(name)` gives one
+  of its number columns as a numpy array; `.paths` what the column `source` counts; `.place(index)` is `file:line`;
+- `judge_conversations(paths, tokenizer, options, ...)` and `judge_preferences(...)`: a `JudgedRow` for every row in
+  order, good or bad, never raising for a row and leaving nothing on the disk.
+
+Rows travel to the workers as JSON text, so Arrow never sees tool schemas. The cache folder is named by a fingerprint
+and appears by one rename when it is whole; a folder whose files do not match their checksums is rebuilt.
+"""
+
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from qwen_train.data import chat, formats
+from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
+from qwen_train.data.formats import (
+    Conversation,
+    DataPaths,
+    Kind,
+    Preference,
+    RawRow,
+    RowError,
+    TableColumn,
+    parse_row,
+    read_rows,
+    resolve_paths,
+    row_place,
+)
+
+log = logging.getLogger(__name__)
+
+PLACE_COLUMNS = {"source": TableColumn("int32"), "row": TableColumn("int64")}
+SFT_COLUMNS = {
+    "input_ids": TableColumn("int32", is_list=True),
+    "span_starts": TableColumn("int32", is_list=True),
+    "span_ends": TableColumn("int32", is_list=True),
+    "span_weights": TableColumn("float32", is_list=True),
+    "length": TableColumn("int32"),
+    "total_weight": TableColumn("float32"),
+    **PLACE_COLUMNS,
+}
+DPO_COLUMNS = {
+    "prompt_ids": TableColumn("int32", is_list=True),
+    "chosen_ids": TableColumn("int32", is_list=True),
+    "rejected_ids": TableColumn("int32", is_list=True),
+    "length": TableColumn("int32"),
+    **PLACE_COLUMNS,
+}
+COLUMNS: dict[Kind, dict[str, TableColumn]] = {"sft": SFT_COLUMNS, "dpo": DPO_COLUMNS}
+RAW_COLUMNS = {
+    **PLACE_COLUMNS,
+    "text": TableColumn("string"),
+    "has_lines": TableColumn("bool"),
+    "error": TableColumn("string"),
+}
+VERDICT_COLUMNS = {
+    "status": TableColumn("string"),
+    "reason": TableColumn("string"),
+    "message": TableColumn("string"),
+    "notes": TableColumn("string"),
+    "has_lines": TableColumn("bool"),
+}
+MAX_LISTED = 10
+ROWS_PER_WORKER = 1000
+BATCH_ROWS = 256
+
+Status = Literal["kept", "dropped", "error"]
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """One row's verdict; `parsed` is None when it could not be read, `encoded` None when it is not kept."""
+
+    source: int
+    path: str
+    row: int
+    place: str
+    status: Status
+    reason: str = ""
+    message: str = ""
+    notes: dict[str, int] = field(default_factory=dict)
+    parsed: Conversation | Preference | None = None
+    encoded: EncodedConversation | EncodedPreference | None = None
+
+
+@dataclass
+class TokenReport:
+    """What became of the rows: counts by reason, what was changed in kept rows, tokens; stored beside the cache."""
+
+    kind: Kind
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    kept_by_source: dict[str, int] = field(default_factory=dict)
+    lines: list[bool] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for the log."""
+        unit = "conversations" if self.kind == "sft" else "pairs"
+        parts = [
+            f"{self.kept:,} of {self.rows:,} {unit}, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
+        ]
+        parts += [f"dropped {name}: {count:,}" for name, count in sorted(self.dropped.items())]
+        parts += [f"{name}: {count:,}" for name, count in sorted(self.notes.items())]
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Token arrays of all kept rows of all sources, in order; `sources` carry the mixing weights."""
+
+    dataset: Any
+    report: TokenReport
+    sources: list[formats.Source]
+    folder: Path
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def paths(self) -> list[str]:
+        return [source.path for source in self.sources]
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of single numbers (length, total_weight, source, row) as one array."""
+        return np.asarray(self.dataset.data.column(name).to_numpy())
+
+    def place(self, index: int) -> str:
+        """`file:line` of a kept row."""
+        row = self.dataset[index]
+        source = int(row["source"])
+        return row_place(self.paths[source], int(row["row"]), self.report.lines[source])
+
+
+def tokenize_conversations(
+    paths: DataPaths,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ChatOptions,
+    *,
+    format: str = "auto",
+    workers: int = 2,
+    cache_dir: str | Path = "~/.cache/qwen_train",
+    name: str = "data.train",
+) -> TokenDataset:
+    """SFT rows as token arrays, from the cache where possible; ValueError lists rows in error (`name`: the field)."""
+    return _tokenize("sft", paths, tokenizer, options, format, workers, cache_dir, name)
+
+
+def tokenize_preferences(
+    paths: DataPaths,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ChatOptions,
+    *,
+    format: str = "auto",
+    workers: int = 2,
+    cache_dir: str | Path = "~/.cache/qwen_train",
+    name: str = "data.train",
+) -> TokenDataset:
+    """DPO rows as token arrays, from the cache where possible; ValueError lists rows in error (`name`: the field)."""
+    return _tokenize("dpo", paths, tokenizer, options, format, workers, cache_dir, name)
+
+
+def judge_conversations(
+    paths: DataPaths,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ChatOptions,
+    *,
+    format: str = "auto",
+    name: str = "data.train",
+) -> Iterator[JudgedRow]:
+    """Every SFT row's verdict in order; ValueError only for what is no row's fault (a missing file, no template)."""
+    return _judge_all("sft", paths, tokenizer, options, format, name)
+
+
+def judge_preferences(
+    paths: DataPaths,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ChatOptions,
+    *,
+    format: str = "auto",
+    name: str = "data.train",
+) -> Iterator[JudgedRow]:
+    """Every DPO row's verdict in order; ValueError only for what is no row's fault (a missing file, no template)."""
+    return _judge_all("dpo", paths, tokenizer, options, format, name)
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def _judge_all(
+    kind: Kind, paths: DataPaths, tokenizer: PreTrainedTokenizerBase, options: ChatOptions, format: str, name: str
+) -> Iterator[JudgedRow]:
+    sources = _checked_sources(paths, kind, format, name)
+    template = Template(tokenizer)
+    rows = (row for index, source in enumerate(sources) for row in read_rows(index, source.path))
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        yield from _judge(batch, template, options, kind, format)
+
+
+def _checked_sources(paths: DataPaths, kind: Kind, format: str, name: str) -> list[formats.Source]:
+    formats.check_format(format, kind)
+    sources = resolve_paths(paths, name)
+    for source in sources:
+        formats.source_kind(source.path, name)
+    return sources
+
+
+def _judge(
+    rows: Sequence[RawRow], template: Template, options: ChatOptions, kind: Kind, format: str
+) -> list[JudgedRow]:
+    """Parse and encode a batch of rows; nothing that a row holds raises."""
+    parsed: list[Any] = []
+    for row in rows:
+        try:
+            if row.error:
+                raise RowError(*row.error)
+            parsed.append(parse_row(row.text, kind, format))
+        except RowError as error:
+            parsed.append(error)
+    good = [item for item in parsed if not isinstance(item, RowError)]
+    encode: Any = template.encode_conversations if kind == "sft" else template.encode_preferences
+    encoded = iter(encode(good, options))
+    judged = []
+    for row, item in zip(rows, parsed, strict=True):
+        place = (row.source, row.path, row.row, row.place)
+        record = None if isinstance(item, RowError) else item
+        result = item if isinstance(item, RowError) else next(encoded)
+        if isinstance(result, RowError):
+            status: Status = "dropped" if result.drop else "error"
+            judged.append(JudgedRow(*place, status, result.reason, str(result), result.notes, record))
+        else:
+            judged.append(JudgedRow(*place, "kept", notes=result.notes, parsed=record, encoded=result))
+    return judged
+
+
+@lru_cache(maxsize=2)
+def _template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    return Template(tokenizer)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What a worker does with a batch of raw rows: columns in, columns out."""
+
+    kind: Kind
+    tokenizer: PreTrainedTokenizerBase
+    options: ChatOptions
+    format: str
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [
+            RawRow(source, "", row, text, has_lines, tuple(json.loads(error)) if error else None)
+            for source, row, text, has_lines, error in zip(*(batch[name] for name in RAW_COLUMNS), strict=True)
+        ]
+        judged = _judge(rows, _template(self.tokenizer), self.options, self.kind, self.format)
+        encode = _conversation_columns if self.kind == "sft" else _preference_columns
+        table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS[self.kind], *VERDICT_COLUMNS)}
+        for raw, verdict in zip(rows, judged, strict=True):
+            values = encode(verdict.encoded) | {
+                "source": verdict.source,
+                "row": verdict.row,
+                "status": verdict.status,
+                "reason": verdict.reason,
+                "message": verdict.message,
+                "notes": json.dumps(verdict.notes),
+                "has_lines": raw.has_lines,
+            }
+            for name, column in table.items():
+                column.append(values[name])
+        return table
+
+
+def _conversation_columns(encoded: Any) -> dict[str, Any]:
+    if encoded is None:
+        encoded = EncodedConversation([], [])
+    starts, ends, weights = zip(*encoded.spans, strict=True) if encoded.spans else ((), (), ())
+    return {
+        "input_ids": np.asarray(encoded.input_ids, dtype=np.int32),
+        "span_starts": list(starts),
+        "span_ends": list(ends),
+        "span_weights": list(weights),
+        "length": len(encoded.input_ids),
+        "total_weight": encoded.total_weight,
+    }
+
+
+def _preference_columns(encoded: Any) -> dict[str, Any]:
+    if encoded is None:
+        encoded = EncodedPreference([], [], [])
+    ids = (encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids)
+    arrays = [np.asarray(part, dtype=np.int32) for part in ids]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return {**dict(zip(names, arrays, strict=True)), "length": sum(map(len, arrays))}
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _tokenize(
+    kind: Kind,
+    paths: DataPaths,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ChatOptions,
+    format: str,
+    workers: int,
+    cache_dir: str | Path,
+    name: str,
+) -> TokenDataset:
+    sources = _checked_sources(paths, kind, format, name)
+    Template(tokenizer)  # an unusable template is refused before any work, and before an old cache is looked at
+    fingerprint = _fingerprint(kind, sources, tokenizer, options, format)
+    root = Path(cache_dir).expanduser() / "tokens"
+    folder = root / fingerprint
+    if not folder.exists():
+        _build(kind, sources, tokenizer, options, format, workers, folder)
+    try:
+        dataset, report = _load(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: the token cache is damaged (%s); it is built anew", folder, error)
+        aside = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}")
+        _rename_away(folder, aside)
+        _build(kind, sources, tokenizer, options, format, workers, folder)
+        dataset, report = _load(folder)
+    return TokenDataset(dataset, report, sources, folder, fingerprint)
+
+
+def _fingerprint(
+    kind: Kind, sources: list[formats.Source], tokenizer: PreTrainedTokenizerBase, options: ChatOptions, format: str
+) -> str:
+    """Names the cache by all that decides its content: files, options, template, tokenizer, this code, libraries."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {
+        "kind": kind,
+        "format": format,
+        "options": asdict(options),
+        "sources": [(source.path, formats.content_hash(source.path)) for source in sources],
+        "template": tokenizer.chat_template,
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else str(tokenizer),
+        "special_tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "code": [hashlib.sha256(inspect.getsource(module).encode()).hexdigest() for module in (formats, chat)],
+        "tokenize": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "versions": [importlib.metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _build(
+    kind: Kind,
+    sources: list[formats.Source],
+    tokenizer: PreTrainedTokenizerBase,
+    options: ChatOptions,
+    format: str,
+    workers: int,
+    folder: Path,
+) -> None:
+    """Tokenise into a temporary folder beside `folder` and rename it there; whoever comes second keeps the first's."""
+    work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        work.mkdir(parents=True)
+        raw = _RawRows(tuple(source.path for source in sources))
+        table = formats.build_table(
+            raw,
+            RAW_COLUMNS,
+            _Judge(kind, tokenizer, options, format),
+            {**COLUMNS[kind], **VERDICT_COLUMNS},
+            workers=workers,
+            rows_per_worker=ROWS_PER_WORKER,
+            batch_size=BATCH_ROWS,
+            folder=work / "work",
+        )
+        report, keep = _reported(kind, table, sources)
+        done = work / "done"
+        formats.save_table(table, keep, list(COLUMNS[kind]), done)
+        del table
+        (done / "report.json").write_text(json.dumps(asdict(report), indent=1))
+        manifest = {file.name: _file_hash(file) for file in sorted(done.iterdir())}
+        (done / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        try:
+            os.rename(done, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    except OSError as error:
+        raise ValueError(
+            f"{folder.parent}: the token cache cannot be written ({error}); free space or set data.cache_dir"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _RawRows:
+    """The raw rows of all sources as columns, an iterable that `datasets` can call for."""
+
+    paths: tuple[str, ...]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        for index, path in enumerate(self.paths):
+            for raw in read_rows(index, path):
+                error = json.dumps(raw.error) if raw.error else ""
+                yield {
+                    "source": index,
+                    "row": raw.row,
+                    "text": raw.text,
+                    "has_lines": raw.has_lines,
+                    "error": error,
+                }
+
+
+def _reported(kind: Kind, table: Any, sources: list[formats.Source]) -> tuple[TokenReport, list[int]]:
+    """The report and the indices of kept rows; ONE ValueError when rows are in error or none is left."""
+    status = np.asarray(table["status"])
+    report = TokenReport(kind, rows=len(status), lines=[False] * len(sources))
+    origin = np.asarray(table.data.column("source").to_numpy())
+    for source in range(len(sources)):
+        first = np.flatnonzero(origin == source)[:1]
+        report.lines[source] = bool(table[int(first[0])]["has_lines"]) if len(first) else False
+    wrong = np.flatnonzero(status == "error")
+    if len(wrong):
+        raise ValueError(_problems(table, wrong, sources, report))
+    dropped = np.flatnonzero(status == "dropped")
+    keep = np.flatnonzero(status == "kept")
+    report.dropped = dict(Counter(table.select(dropped)["reason"])) if len(dropped) else {}
+    report.kept = len(keep)
+    if not len(keep):
+        names = ", ".join(source.path for source in sources)
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.dropped.items()) or "the files hold no row"
+        raise ValueError(f"{names}: no row is left to train on ({reasons}); raise data.max_length or give other data")
+    notes: Counter[str] = Counter()
+    for text, count in Counter(table.select(keep)["notes"]).items():
+        for note, value in json.loads(text).items():
+            notes[note] += value * count
+    report.notes = dict(notes)
+    report.tokens = int(table.data.column("length").to_numpy().sum())
+    report.kept_by_source = {source.path: int((origin[keep] == index).sum()) for index, source in enumerate(sources)}
+    report.supervised_tokens = _supervised(kind, table)
+    return report, keep.tolist()
+
+
+def _supervised(kind: Kind, table: Any) -> int:
+    """Tokens with a weight above 0 (SFT) or of answers (DPO) in the kept rows; other rows hold empty lists."""
+    if kind == "dpo":
+        names = ("chosen_ids", "rejected_ids")
+        return sum(len(chunk.flatten()) for name in names for chunk in table.data.column(name).chunks)
+    starts, ends = (
+        sum(int(chunk.flatten().to_numpy().sum()) for chunk in table.data.column(name).chunks)
+        for name in ("span_starts", "span_ends")
+    )
+    return ends - starts
+
+
+def _problems(table: Any, wrong: np.ndarray, sources: list[formats.Source], report: TokenReport) -> str:
+    lines = []
+    for row in table.select(wrong[:MAX_LISTED]).remove_columns("notes"):
+        place = row_place(sources[row["source"]].path, row["row"], report.lines[row["source"]])
+        lines.append(f"  {place}: {row['message']} [{row['reason']}]")
+    if len(wrong) > MAX_LISTED:
+        lines.append(f"  ... and {len(wrong) - MAX_LISTED:,} more")
+    counts = Counter(table.select(wrong)["reason"])
+    shown = ", ".join(f"{reason}: {count:,}" for reason, count in counts.most_common())
+    names = ", ".join(source.path for source in sources)
+    head = f"{names}: {len(wrong):,} of {report.rows:,} rows cannot be used ({shown}); repair or remove them:"
+    return "\n".join([head, *lines])
+
+
+def _load(folder: Path) -> tuple[Any, TokenReport]:
+    """Open a cache folder after comparing every file with the manifest; ValueError or OSError when it is damaged."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    present = {file.name for file in folder.iterdir()} - {"manifest.json"}
+    if present != set(manifest):
+        raise ValueError(f"files differ from the manifest: {', '.join(sorted(present ^ set(manifest)))}")
+    for file, expected in manifest.items():
+        if _file_hash(folder / file) != expected:
+            raise ValueError(f"{file} does not match its checksum")
+    report = TokenReport(**json.loads((folder / "report.json").read_text()))
+    return formats.load_table(folder), report
+
+
+def _file_hash(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _rename_away(folder: Path, aside: Path) -> None:
+    """Move a damaged folder out of the way; another process may have done it just before."""
+    try:
+        os.rename(folder, aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
