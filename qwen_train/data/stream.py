@@ -243,9 +243,14 @@ def collate_preferences(dataset: Any, share_prompt: bool) -> Collate:
     return collate
 
 
+def column(dataset: Any, name: str) -> np.ndarray:
+    """A column of numbers as one array."""
+    return dataset.with_format("numpy", columns=[name])[:][name]
+
+
 def packed_lengths(dataset: Any, share_prompt: bool = True) -> IntArray:
     """Packed tokens of each row: its ``length``, and the prompt once more for a pair that does not share it."""
-    lengths = dataset.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)
+    lengths = column(dataset, "length").astype(np.int64)
     if not share_prompt:
         prompts = dataset.with_format("arrow", columns=["prompt_ids"])[:].column("prompt_ids")
         lengths = lengths + np.asarray(prompts.combine_chunks().value_lengths())

@@ -1,0 +1,518 @@
+"""The step stream: which rows a step holds, how they are spread, and that nothing but (seed, step) decides."""
+
+import os
+import signal
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_train.data.packing import TENSOR_FIELDS, Batch, pack_sequences
+from qwen_train.data.stream import (
+    MicroBatches,
+    Stream,
+    collate_conversations,
+    collate_preferences,
+    column,
+    eval_batches,
+    packed_lengths,
+    plan_microbatches,
+    prefetch,
+)
+
+RNG = np.random.default_rng(0)
+LENGTHS = RNG.integers(2, 40, 101)
+SEQUENCES = [
+    (RNG.integers(0, 1000, length), np.r_[0, RNG.integers(0, 3, length - 1) / 2].astype(np.float32))
+    for length in LENGTHS
+]
+WEIGHTS = np.array([weights.sum() for _, weights in SEQUENCES], dtype=np.float32)
+
+
+def collate(rows) -> Batch:
+    return pack_sequences([SEQUENCES[row] for row in rows], rows)
+
+
+def make(**fields) -> Stream:
+    defaults = dict(lengths=LENGTHS, total_weights=WEIGHTS, collate=collate, sequences_per_step=8, seed=1)
+    return Stream(**{**defaults, "tokens_per_microbatch": 64, **fields})
+
+
+def held(stream: Stream, steps) -> list[int]:
+    """Rows in the batches themselves, of every rank of the stream's world."""
+    fields = {name: value for name, value in vars(stream).items() if not name.startswith("_")}
+    fields = {name: value for name, value in fields.items() if name not in ("rank", "rows_per_epoch")}
+    ranks = [Stream(**fields, rank=rank) for rank in range(stream.world_size)]
+    return [row for step in steps for rank in ranks for batch in rank[step] for row in batch.rows]
+
+
+def assert_same(one: MicroBatches, other: MicroBatches) -> None:
+    for name in ("total_weight", "num_tokens", "num_sequences", "rows", "epoch"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert (a.rows, a.max_q, a.max_k, a.num_sequences) == (b.rows, b.max_q, b.max_k, b.num_sequences)
+        for name in TENSOR_FIELDS:
+            x, y = getattr(a, name), getattr(b, name)
+            assert (x is None and y is None) or (torch.equal(x, y) and x.dtype == y.dtype), name
+
+
+# ---- which rows ----
+
+
+@pytest.mark.parametrize(("world_size", "budget"), [(1, 64), (1, 10**6), (2, 64), (4, 50)])
+def test_every_row_once_an_epoch_and_every_token(world_size, budget):
+    stream = make(world_size=world_size, tokens_per_microbatch=budget, epochs=1)
+    steps = range(stream.num_steps(1))
+    assert len(steps) == 13  # 101 rows in eights
+    assert sorted(held(stream, steps)) == list(range(101))
+    assert sum(stream[step].num_tokens for step in steps) == LENGTHS.sum()
+    assert sum(stream[step].num_sequences for step in steps) == 101
+    # Negative control: with one step left out the same question has another answer.
+    assert sorted(held(stream, steps[1:])) != list(range(101))
+
+
+def test_each_of_three_epochs_holds_every_row_in_another_order():
+    stream = make(epochs=3, sequences_per_step=101)
+    epochs = [stream[step].rows for step in range(3)]
+    assert all(sorted(epoch) == list(range(101)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_step_holds_the_same_rows_whatever_the_world_and_the_budget():
+    steps = range(30)
+    plain = [make()[step] for step in steps]
+    for world_size in (1, 2, 3, 4):
+        for budget in (40, 64, 1000):
+            for rank in range(world_size):
+                stream = make(world_size=world_size, rank=rank, tokens_per_microbatch=budget)
+                for step in steps:
+                    share = stream[step]
+                    expected = plain[step]
+                    assert share.rows == expected.rows
+                    assert share.total_weight == expected.total_weight
+                    assert (share.num_tokens, share.epoch) == (expected.num_tokens, expected.epoch)
+            for step in steps:
+                whole = held(make(world_size=world_size, tokens_per_microbatch=budget), [step])
+                assert Counter(whole) == Counter(plain[step].rows)
+    assert [make(seed=2)[step].rows for step in steps] != [share.rows for share in plain]  # negative control
+
+
+def test_a_step_is_the_same_however_it_is_reached():
+    straight = make()
+    forward = [straight[step] for step in range(40)]  # three epochs
+    backward = make()
+    for step in reversed(range(40)):
+        assert_same(backward[step], forward[step])
+    for first in (1, 20, 25, 26):  # a fresh process: within epoch 1, again within it, across its end
+        assert_same(make()[first], forward[first])
+    with pytest.raises(AssertionError):
+        assert_same(make()[3], forward[4])  # negative control
+
+
+def test_a_seed_of_its_own_for_each_epoch():
+    """(seed 1, epoch 2) and (seed 2, epoch 1) must not be the same permutation, as seed + epoch would have it."""
+    orders = {tuple(make(seed=seed, sequences_per_step=101)[epoch].rows) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_without_shuffle_rows_keep_the_order_of_the_file():
+    stream = make(shuffle=False, epochs=2)
+    rows = [row for step in range(stream.num_steps(2)) for row in stream.rows(step)]
+    assert rows == [*range(101), *range(101)]
+
+
+def test_runs_by_epochs_end_with_a_smaller_step_and_runs_by_steps_wrap():
+    stream = make(epochs=1)
+    assert [stream[step].num_sequences for step in range(13)] == [8] * 12 + [5]
+    assert stream[12].epoch == 1.0
+    for outside in (13, -1):
+        with pytest.raises(IndexError):
+            stream[outside]
+    endless = make()
+    assert endless[12].num_sequences == 8 and endless[12].epoch == 104 / 101
+    assert endless[12].rows[:5] == stream[12].rows
+    assert endless[12].rows[5:] == make(sequences_per_step=101)[1].rows[:3]
+    assert make(epochs=0.5).num_steps(0.5) == 7  # 50.5 rows are 51
+    assert sum(make(epochs=0.5)[step].num_sequences for step in range(7)) == 51
+    assert make().num_steps(2) == 26
+    assert Stream(
+        lengths=LENGTHS[:10],
+        total_weights=WEIGHTS[:10],
+        collate=collate,
+        sequences_per_step=1,
+        tokens_per_microbatch=64,
+        seed=0,
+    ).num_steps(1.1) == 11  # fmt: skip
+
+
+def test_a_step_may_be_larger_than_the_data():
+    stream = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8)
+    assert Counter(stream[0].rows + stream[1].rows + stream[2].rows) == {0: 8, 1: 8, 2: 8}
+    once = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8, epochs=1)
+    assert sorted(once[0].rows) == [0, 1, 2] and once.num_steps(1) == 1
+
+
+# ---- mixes ----
+
+
+def test_sources_are_mixed_by_weight():
+    sources = np.repeat([0, 1, 2, 3], [40, 20, 31, 10])
+    stream = make(sources=sources, source_weights=[2.5, 0.25, 1, 0])
+    assert stream.rows_per_epoch == 2.5 * 40 + 0.25 * 20 + 31
+    stream = make(sources=sources, source_weights=[2.5, 0.25, 1, 0], sequences_per_step=stream.rows_per_epoch)
+    drawn = []
+    for step in range(6):
+        counts = Counter(stream[step].rows)
+        copies = [[counts[row] for row in np.flatnonzero(sources == source)] for source in range(4)]
+        assert Counter(copies[0]) == {2: 20, 3: 20}
+        assert Counter(copies[1]) == {0: 15, 1: 5}
+        assert copies[2] == [1] * 31 and copies[3] == [0] * 10
+        drawn.append(tuple(copies[0]))
+    assert len(set(drawn)) == 6  # the fraction is drawn anew each epoch
+
+
+def test_a_mix_without_shuffle_keeps_the_order_of_the_file():
+    stream = make(
+        lengths=LENGTHS[:4], total_weights=WEIGHTS[:4], sources=[0, 0, 1, 1], source_weights=[1, 2],
+        shuffle=False, sequences_per_step=6,
+    )  # fmt: skip
+    assert stream[0].rows == stream[1].rows == [0, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_impossible_weights_are_refused(weight):
+    with pytest.raises(ValueError, match=r"data\.train: a path's weight must be"):
+        make(source_weights=[weight])
+
+
+def test_an_empty_epoch_is_refused():
+    with pytest.raises(ValueError, match=r"data\.train: an epoch holds no rows"):
+        make(source_weights=[0.0])
+    with pytest.raises(ValueError, match=r"data\.train: an epoch holds no rows"):
+        make(lengths=LENGTHS[:0], total_weights=WEIGHTS[:0])
+
+
+# ---- how they are spread ----
+
+
+def test_a_plan_by_hand():
+    # 15 tokens want two of 8. Greedy: 5 | 4, 3 to the second (7), 3 to the first (8).
+    assert [members.tolist() for members in plan_microbatches(np.array([5, 4, 3, 3]), 8, 1)] == [[0, 3], [1, 2]]
+    # Over two ranks of budget 5: 5, 4, then 3 and 3 fit nowhere, so four; over three ranks, six, one of them empty.
+    assert [members.tolist() for members in plan_microbatches(np.array([5, 4, 3, 3]), 5, 2)] == [[0], [1], [2], [3]]
+    assert [members.tolist() for members in plan_microbatches(np.array([5, 4, 3, 3]), 5, 3)][4:] == [[], []]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=0, max_size=60), st.integers(50, 200), st.integers(1, 5))
+def test_plans_are_complete_within_budget_and_even(lengths, budget, world_size):
+    lengths = np.array(lengths, dtype=np.int64)
+    plan = plan_microbatches(lengths, budget, world_size)
+    assert len(plan) % world_size == 0 and len(plan) > 0
+    assert sorted(member for members in plan for member in members) == list(range(len(lengths)))
+    sizes = [int(lengths[members].sum()) for members in plan]
+    assert max(sizes) <= budget and sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= lengths.max(initial=0)  # what the greedy promises
+    fewest = world_size * max(1, -(-int(lengths.sum()) // (budget * world_size)))
+    assert fewest <= len(plan) <= 2 * fewest  # with half of each micro-batch empty the greedy cannot fail
+
+
+def test_every_rank_gets_as_many_micro_batches_of_like_size():
+    ranks = [make(world_size=4, rank=rank, sequences_per_step=32) for rank in range(4)]
+    for step in range(20):
+        shares = [stream[step] for stream in ranks]
+        assert len({len(share) for share in shares}) == 1
+        for together in zip(*shares, strict=True):
+            sizes = [batch.num_tokens for batch in together]
+            assert max(sizes) <= 64 and max(sizes) - min(sizes) < 32
+        assert shares[0].batches[0].num_tokens == max(batch.num_tokens for share in shares for batch in share)
+
+
+def test_ranks_without_work_get_the_empty_batch():
+    shares = [make(world_size=4, rank=rank, sequences_per_step=2, tokens_per_microbatch=1000)[0] for rank in range(4)]
+    assert [[batch.num_sequences for batch in share] for share in shares] == [[1], [1], [0], [0]]
+    assert all(share.num_sequences == 2 and share.num_tokens == shares[0].num_tokens for share in shares)
+
+
+def test_totals_are_those_of_all_ranks_and_a_mean_of_means_is_not():
+    for step in range(20):
+        shares = [make(world_size=3, rank=rank)[step] for rank in range(3)]
+        batches = [batch for share in shares for batch in share]
+        weights = [batch.weights for batch in batches]
+        for share in shares:
+            assert share.total_weight == pytest.approx(float(torch.cat(weights).sum()), rel=1e-6)
+            assert share.num_tokens == sum(batch.num_tokens for batch in batches if batch.num_sequences)
+        # Some loss a token: sums divided once by the global number are the weighted mean over the step's tokens ...
+        losses = [batch.targets.float() for batch in batches]
+        summed = sum(float((w * x).sum()) for w, x in zip(weights, losses, strict=True)) / shares[0].total_weight
+        rows = [SEQUENCES[row] for row in shares[0].rows]
+        expected = sum(float((w * ids).sum()) for ids, w in rows) / sum(float(w.sum()) for _, w in rows)
+        assert summed == pytest.approx(expected, rel=1e-5)
+        # ... and the mean of micro-batch means is another number, since micro-batches are uneven.
+        means = [float((w * x).sum() / w.sum()) for w, x in zip(weights, losses, strict=True) if len(w)]
+        assert statistics.mean(means) != pytest.approx(expected, rel=1e-4)
+
+
+def test_a_row_longer_than_a_micro_batch_is_refused_with_its_length():
+    lengths = LENGTHS.copy()
+    lengths[17] = 65
+    with pytest.raises(ValueError, match=r"row 17 .* 65 tokens.* only 64; raise batch\.tokens_per_microbatch to 65"):
+        make(lengths=lengths)
+    with pytest.raises(ValueError, match="row 17"):
+        next(eval_batches(lengths=lengths, collate=collate, tokens_per_microbatch=64))
+    make(lengths=lengths, tokens_per_microbatch=65)
+
+
+def test_a_step_costs_the_same_on_a_thousand_and_a_million_rows():
+    def seconds(num_rows: int) -> float:
+        stream = make(
+            lengths=np.full(num_rows, 20), total_weights=np.ones(num_rows), sequences_per_step=64,
+            collate=lambda rows: pack_sequences([SEQUENCES[row % 101] for row in rows], rows),
+        )  # fmt: skip
+        stream[0]  # draws the epoch's permutation
+        taken = []
+        for step in range(15):
+            start = time.perf_counter()
+            stream[step % 10]
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    small, large = seconds(10**3), seconds(10**6)
+    assert large < 3 * small + 1e-3, (small, large)
+
+
+# ---- evaluation ----
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_holds_every_row_once_over_all_ranks(world_size):
+    def batches(rank: int) -> list[Batch]:
+        return list(
+            eval_batches(
+                lengths=LENGTHS, collate=collate, tokens_per_microbatch=64, rank=rank, world_size=world_size
+            )
+        )  # fmt: skip
+
+    ranks = [batches(rank) for rank in range(world_size)]
+    assert sorted(row for rank in ranks for batch in rank for row in batch.rows) == list(range(101))
+    assert len({len(rank) for rank in ranks}) == 1
+    assert all(batch.num_tokens <= 64 for rank in ranks for batch in rank)
+    assert [batch.rows for batch in batches(0)] == [batch.rows for batch in ranks[0]]
+
+
+# ---- from the tokenised data set ----
+
+
+def ints(lists) -> list[np.ndarray]:
+    return [np.asarray(values, dtype=np.int32) for values in lists]
+
+
+def conversations(num_rows: int = 20) -> datasets.Dataset:
+    lengths = LENGTHS[:num_rows]
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": ints(ids for ids, _ in SEQUENCES[:num_rows]),
+            "span_starts": ints([1, length // 2 + 1][: row % 3] for row, length in enumerate(lengths)),
+            "span_ends": ints([length // 2, length][: row % 3] for row, length in enumerate(lengths)),
+            "span_weights": [np.array([1.0, 0.5][: row % 3], dtype=np.float32) for row in range(num_rows)],
+            "length": lengths.astype(np.int32),
+            "row": np.arange(num_rows),
+        },
+        features=datasets.Features(
+            {
+                "input_ids": datasets.List(datasets.Value("int32")),
+                "span_starts": datasets.List(datasets.Value("int32")),
+                "span_ends": datasets.List(datasets.Value("int32")),
+                "span_weights": datasets.List(datasets.Value("float32")),
+                "length": datasets.Value("int32"),
+                "row": datasets.Value("int64"),
+            }
+        ),
+    )
+
+
+def test_conversations_from_columns():
+    dataset = conversations()
+    rows = [4, 0, 5, 5, 19]  # 1 span, none, 2 spans, the same again, 1 span
+    batch = collate_conversations(dataset)(rows)
+    sequences = []
+    for row in rows:
+        weights = np.zeros(LENGTHS[row], dtype=np.float32)
+        spans = (dataset[row][f"span_{x}"] for x in ("starts", "ends", "weights"))
+        for start, end, weight in zip(*spans, strict=True):
+            weights[start:end] = weight
+        sequences.append((SEQUENCES[row][0], weights))
+    expected = pack_sequences(sequences, rows)
+    assert {0.5, 1.0} == set(expected.weights.tolist())
+    for name in TENSOR_FIELDS:
+        x, y = getattr(batch, name), getattr(expected, name)
+        assert (x is None and y is None) or torch.equal(x, y), name
+    assert batch.rows == tuple(rows) and batch.num_sequences == 5
+    assert collate_conversations(dataset)([]).num_sequences == 0
+    assert packed_lengths(dataset).tolist() == LENGTHS[:20].tolist()
+    assert column(dataset, "row").tolist() == list(range(20)) and column(dataset, "row").dtype == np.int64
+    # Rows of one length come as a matrix from datasets, and a filtered data set goes through an index.
+    assert collate_conversations(dataset)([5, 5]).num_tokens == 2 * LENGTHS[5]
+    chosen = dataset.select([7, 3])
+    assert collate_conversations(chosen)([1]).input_ids.tolist() == SEQUENCES[3][0].tolist()
+    assert packed_lengths(chosen).tolist() == LENGTHS[[7, 3]].tolist()
+    assert column(chosen, "row").tolist() == [7, 3]
+
+
+def preferences() -> datasets.Dataset:
+    ids = [sequence for sequence, _ in SEQUENCES if len(sequence) >= 6][:20]
+    thirds = [(s[: len(s) // 2], s[len(s) // 2 : -1], s[-1:]) for s in ids]
+    feature = datasets.List(datasets.Value("int32"))
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    columns = {name: ints(parts) for name, parts in zip(names, zip(*thirds, strict=True), strict=True)}
+    return datasets.Dataset.from_dict(
+        {**columns, "length": [len(s) for s in ids]},
+        features=datasets.Features(dict.fromkeys(names, feature) | {"length": datasets.Value("int32")}),
+    )
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_preferences_from_columns(share):
+    dataset = preferences()
+    lengths = packed_lengths(dataset, share_prompt=share)
+    collate_pairs = collate_preferences(dataset, share)
+    assert [collate_pairs([row]).num_tokens for row in range(20)] == lengths.tolist()
+    assert [collate_pairs([row]).num_tokens for row in range(20)] == [
+        dataset[row]["length"] + (0 if share else len(dataset[row]["prompt_ids"])) for row in range(20)
+    ]
+    chosen = dataset.select([11, 2, 7])
+    assert packed_lengths(chosen, share).tolist() == lengths[[11, 2, 7]].tolist()
+    stream = Stream(
+        lengths=lengths, total_weights=np.ones(20), collate=collate_pairs, sequences_per_step=6,
+        tokens_per_microbatch=100, seed=0, epochs=1, world_size=2,
+    )  # fmt: skip
+    step = stream[3]
+    assert (step.num_sequences, step.total_weight) == (2, 2.0)
+    for batch in step:
+        assert batch.num_sequences == 2 * len(batch.rows)
+        for i, row in enumerate(batch.rows):
+            assert batch.targets[batch.sequence_ids == 2 * i].tolist() == dataset[row]["chosen_ids"]
+            assert batch.targets[batch.sequence_ids == 2 * i + 1].tolist() == dataset[row]["rejected_ids"]
+    assert (collate_pairs([]).kv_index is None) == (not share)
+
+
+# ---- ahead of the step ----
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_prefetching_changes_nothing_but_the_time(workers):
+    stream = make(epochs=2)
+    steps = range(5, stream.num_steps(2))
+    before = torch.get_rng_state()
+    got = list(prefetch(stream, steps, workers=workers, pin_memory=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [step for step, _ in got] == list(steps)
+    for step, microbatches in got:
+        assert_same(microbatches, stream[step])
+    assert list(prefetch(stream, range(0), workers=workers, pin_memory=False)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prefetched_batches_are_pinned(workers):
+    stream = make()
+    for step, microbatches in prefetch(stream, range(4), workers=workers, pin_memory=True):
+        assert all(batch.input_ids.is_pinned() and batch.weights.is_pinned() for batch in microbatches)
+        on_gpu = [batch.to("cuda", non_blocking=True) for batch in microbatches]
+        for batch, expected in zip(on_gpu, stream[step], strict=True):
+            assert torch.equal(batch.input_ids.cpu(), expected.input_ids)
+
+
+def test_conversations_are_prefetched_from_a_data_set():
+    dataset = conversations(18)
+    stream = make(lengths=packed_lengths(dataset), total_weights=np.ones(18), collate=collate_conversations(dataset))
+    for step, microbatches in prefetch(stream, range(4), workers=2, pin_memory=False):
+        assert_same(microbatches, stream[step])
+
+
+def test_workers_end_with_the_loop_and_when_it_raises():
+    stream = make()
+    before = children()
+    running = prefetch(stream, range(1000), workers=2, pin_memory=False)
+    next(running)
+    assert len(children() - before) == 2
+    running.close()
+    assert children() == before
+
+    def loop() -> None:
+        for step, _ in prefetch(stream, range(1000), workers=2, pin_memory=False):
+            if step == 3:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        loop()
+    deadline = time.monotonic() + 10
+    while children() != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children() == before
+
+
+def test_workers_run_one_thread_and_leave_signals_to_the_main_process():
+    def report(rows) -> Batch:
+        ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT)]
+        return pack_sequences([(np.array([os.getpid(), torch.get_num_threads(), *ignored]), np.zeros(4))], rows[:1])
+
+    stream = make(collate=report)
+    seen = [batch.input_ids.tolist() for _, share in prefetch(stream, range(6), 2, False) for batch in share]
+    assert len({pid for pid, *_ in seen} - {os.getpid()}) == 2
+    assert all(rest == [1, 1, 1] for _, *rest in seen)
+
+
+def test_a_long_run_of_many_micro_batches_holds_no_file_descriptors():
+    stream = make(sequences_per_step=64, tokens_per_microbatch=40)  # about 35 micro-batches a step
+    kept, counts = [], []
+    for _, microbatches in prefetch(stream, range(30), workers=2, pin_memory=False):
+        kept.append(microbatches)  # a loop that falls behind
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert sum(len(microbatches) for microbatches in kept) > 900
+    assert max(counts) <= counts[0] + 4
+
+
+def test_a_dead_worker_is_reported_with_the_remedy():
+    main = os.getpid()
+
+    def die(rows) -> Batch:
+        if 50 in rows and os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collate(rows)
+
+    before = children()
+    with pytest.raises(RuntimeError, match=r"data\.workers: a worker .* died before step \d+ .*lower data\.workers"):
+        list(prefetch(make(collate=die), range(40), workers=2, pin_memory=False))
+    assert children() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_users_mistake_crosses_over_as_one_line_and_a_bug_with_its_traceback(workers):
+    def fail(error):
+        def collate_or_fail(rows) -> Batch:
+            if 50 in rows:
+                raise error("cache: row 50 is damaged; delete the cache folder")
+            return collate(rows)
+
+        return list(prefetch(make(collate=collate_or_fail), range(40), workers=workers, pin_memory=False))
+
+    with pytest.raises(ValueError) as mistake:
+        fail(ValueError)
+    assert str(mistake.value) == "cache: row 50 is damaged; delete the cache folder"
+    with pytest.raises(RuntimeError, match="cache: row 50") as bug:
+        fail(RuntimeError)
+    assert "data.workers" not in str(bug.value)
