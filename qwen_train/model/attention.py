@@ -172,7 +172,8 @@ def packed_attention(
     if packed_backend == "sdpa":
         assert packed_restore is not None
         return _sdpa(q, k, v, packed_groups, packed_restore, scaling, dropout)[None], None
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    # Under autocast rotary embeddings return float32, which the kernels do not take; values come from a linear layer.
+    q, k, v = q.to(v.dtype).contiguous(), k.to(v.dtype).contiguous(), v.contiguous()
     if packed_kv_index is not None:
         # Not k[kv_index]: the backward of indexing sorts the index, that of index_select adds in place.
         k, v = k.index_select(0, packed_kv_index), v.index_select(0, packed_kv_index)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class TokenScores(NamedTuple):
@@ -40,28 +41,38 @@ def token_logprobs(
 ) -> TokenScores:
     """Log-probability of each target under `softmax(hidden @ head_weight.T)`, differentiable in hidden and head_weight.
 
-    hidden[S, D], head_weight[V, D] of one dtype, targets[S] int64; S may be 0. `keep_graph=False`, `torch.no_grad()`
-    or inputs that need no gradient skip the work for the backward.
+    hidden[S, D], head_weight[V, D], targets[S] int64; S may be 0. `keep_graph=False`, `torch.no_grad()` or inputs that
+    need no gradient skip the work for the backward. Products are taken in the head's dtype (in autocast's where that
+    is on) with fp32 sums and fp32 logits.
 
-    Frozen head: the forward keeps d logp / d hidden, one row [D] per token in hidden's dtype, and the backward scales it
-    by the gradient of that token's log-probability: exact for any loss, with no second product with the head. Trainable
-    head: each chunk's logits are computed again in the backward, and the head's gradient is summed over chunks in fp32.
+    Frozen head: the forward keeps d logp / d hidden, one row [D] per token in that dtype, and the backward scales it by
+    the gradient of the token's log-probability: exact for any loss, with no second product with the head. Trainable
+    head: a chunk's logits are computed again in the backward, and the head's gradient is summed over chunks in fp32.
 
-    FSDP2: a trainable `head_weight` is saved as the unsharded parameter itself, as F.linear saves it. It is valid in the
-    backward even if its group was resharded after the forward, since FSDP2 gathers into the same storage again; but the
-    hook that does so sits on the tensors of the sharded module's output, which torch 2.11 finds in a NamedTuple such as
-    TokenScores and not in a plain dataclass.
+    FSDP2: a trainable `head_weight` is saved as the unsharded parameter itself, as F.linear saves it. It is valid in
+    the backward even if its group was resharded after the forward, since FSDP2 gathers into the same storage again;
+    but the hook that does so sits on the tensors of the sharded module's output, which torch 2.11 finds in a NamedTuple
+    such as TokenScores and not in a plain dataclass.
 
     `compiled` fuses the elementwise work of a chunk by torch.compile: two passes over the logits instead of about ten.
     """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
     # Read here: inside Function.forward the grad mode is always off.
     grad = keep_graph and torch.is_grad_enabled()
     train_head = grad and head_weight.requires_grad
     keep_jacobian = grad and hidden.requires_grad and not train_head
-    scores = _compiled_chunk_scores() if compiled else chunk_scores
-    return TokenScores(
-        *_TokenLogprobs.apply(hidden, head_weight, targets, chunk_size, keep_jacobian, train_head, scores)
-    )
+    with torch.set_grad_enabled(grad), torch.autocast(device, enabled=False):
+        logps, is_argmax = _TokenLogprobs.apply(
+            hidden.to(dtype),
+            head_weight,
+            targets,
+            chunk_size,
+            keep_jacobian,
+            train_head,
+            _compiled_chunk_scores() if compiled else chunk_scores,
+        )
+    return TokenScores(logps, is_argmax)
 
 
 def chunk_scores(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
@@ -115,55 +126,59 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        head_weight: Tensor,
         targets: Tensor,
         chunk_size: int,
         keep_jacobian: bool,
         train_head: bool,
         scores: Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores],
     ) -> tuple[Tensor, Tensor]:
-        num_tokens = hidden.shape[0]
-        logps = hidden.new_empty(num_tokens, dtype=torch.float32)
+        weight = head_weight.to(hidden.dtype)
+        logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         logsumexp = torch.empty_like(logps)
-        is_argmax = hidden.new_empty(num_tokens, dtype=torch.bool)
+        is_argmax = torch.empty_like(logps, dtype=torch.bool)
         jacobian = torch.empty_like(hidden) if keep_jacobian else None
-        for start in range(0, num_tokens, chunk_size):
+        for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
-            chunk = scores(_logits(hidden[rows], weight), targets[rows], weight.dtype if keep_jacobian else None)
+            chunk = scores(_logits(hidden[rows], weight), targets[rows], hidden.dtype if keep_jacobian else None)
             logps[rows], is_argmax[rows], logsumexp[rows] = chunk.logps, chunk.is_argmax, chunk.logsumexp
             if jacobian is not None:
                 assert chunk.residual is not None
                 torch.mm(chunk.residual, weight, out=jacobian[rows])
-        ctx.chunk_size = chunk_size
-        ctx.train_head = train_head
-        ctx.save_for_backward(*((hidden, weight, targets, logsumexp) if train_head else (jacobian,)))
+        ctx.chunk_size, ctx.train_head = chunk_size, train_head
+        ctx.save_for_backward(*((hidden, head_weight, targets, logsumexp) if train_head else (jacobian,)))
         ctx.mark_non_differentiable(is_argmax)
         return logps, is_argmax
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden: Tensor | None
+        grad_weight: Tensor | None = None
         if ctx.train_head:
-            hidden, weight, targets, logsumexp = ctx.saved_tensors
-            grads = _recomputed_grads(
-                hidden, weight, targets, logsumexp, grad_logps, ctx.chunk_size, want_hidden=ctx.needs_input_grad[0]
-            )
-            return (*grads, None, None, None, None, None)
-        (jacobian,) = ctx.saved_tensors
-        # The product is taken in fp32 and rounded on its way out; the saved rows stay whole for a second backward.
-        grad_hidden = torch.mul(jacobian, grad_logps[:, None], out=torch.empty_like(jacobian))
-        return grad_hidden, None, None, None, None, None, None
+            hidden, head_weight, targets, logsumexp = ctx.saved_tensors
+            with torch.autocast(hidden.device.type, enabled=False):
+                grad_hidden, grad_weight = _recomputed_grads(
+                    hidden, head_weight, targets, logsumexp, grad_logps, ctx.chunk_size, ctx.needs_input_grad[0]
+                )
+        else:
+            (jacobian,) = ctx.saved_tensors
+            # Multiplied in fp32 and rounded on the way out; the saved rows stay whole for another backward.
+            grad_hidden = torch.mul(jacobian, grad_logps[:, None], out=torch.empty_like(jacobian))
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _recomputed_grads(
     hidden: Tensor,
-    weight: Tensor,
+    head_weight: Tensor,
     targets: Tensor,
     logsumexp: Tensor,
     grad_logps: Tensor,
     chunk_size: int,
     want_hidden: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of hidden[S, D] and weight[V, D] from logits computed a second time, chunk by chunk."""
+    """Gradients of hidden[S, D] and head_weight[V, D] from logits computed a second time, chunk by chunk."""
+    weight = head_weight.to(hidden.dtype)
     grad_hidden = torch.empty_like(hidden) if want_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     for start in range(0, hidden.shape[0], chunk_size):
@@ -171,24 +186,24 @@ def _recomputed_grads(
         scale = grad_logps[rows, None]
         residual = _logits(hidden[rows], weight).sub_(logsumexp[rows, None]).exp_().mul_(-scale)
         residual.scatter_add_(1, targets[rows, None], scale)
-        residual = residual.to(weight.dtype)
+        residual = residual.to(hidden.dtype)
         if grad_hidden is not None:
             torch.mm(residual, weight, out=grad_hidden[rows])
         _add_product(grad_weight, residual.T, hidden[rows])
-    return grad_hidden, grad_weight.to(weight.dtype)
+    return grad_hidden, grad_weight.to(head_weight.dtype)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden[C, D] @ weight[V, D].T in fp32: on a GPU without rounding the sums to the inputs' dtype."""
+    """hidden[C, D] @ weight[V, D].T in fp32: sums of bf16 products are not rounded to bf16, an error of 0.03 at 10."""
     if hidden.dtype == torch.float32:
         return hidden @ weight.T
     if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
+    return hidden.float() @ weight.float().T  # the CPU has no such product
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, the sum in total's fp32."""
+    """total[V, D] += left[V, C] @ right[C, D], the sum in total's fp32."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif left.is_cuda:
