@@ -192,7 +192,7 @@ class OptimConfig:
     warmup_ratio: float = 0.03
     """Share of the steps over which the rate rises linearly to lr."""
     min_lr_ratio: float = 0.1
-    """Rate at the last step, as a share of lr."""
+    """Rate the schedule falls to by the end of the run, as a share of lr."""
     weight_decay: float = 0.0
     """Decoupled weight decay, of matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)

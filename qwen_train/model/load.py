@@ -6,6 +6,8 @@ compilation and activation checkpointing. PEFT is spoken to here only.
 
 import hashlib
 import json
+import os
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import ModelConfig, SFTConfig
 from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
@@ -203,21 +207,23 @@ def _first_line(error: Exception) -> str:
 # Weights
 
 
-def load_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, base: Path) -> PackedLM:
+def load_model(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, base: Path, is_main: bool = True
+) -> PackedLM:
     """The model of a run on `device`: weights, adapter, attention, compilation, checkpointing.
 
-    `base` is the run's own folder for the weights of a `from_scratch` run: read if it is there, else left to the caller
-    to write. Raises ValueError for what the user can mend.
+    `base` is the run's own folder for the weights of a `from_scratch` run: read if it is there, else, when an adapter
+    is trained, written by the main process. Raises ValueError for what the user can mend.
     """
     model_config = load_model_config(config.model)
     end, pad = special_tokens(tokenizer, model_config.model_type)
     attention = resolve_attention(config.model.attention, device, getattr(torch, config.model.dtype))
     check_config(model_config, attention)
-    lm = _base_model(config, model_config, device, base)
+    lm = _base_model(config, model_config, tokenizer, device, base, write_base=is_main and config.lora.enabled)
     if config.model.adapter is not None and config.model.adapter_start == "merge":
         lm = merge_adapter(lm, config.model.adapter)
-    lm = _with_adapter(lm, config)
-    model = PackedLM(lm, attention, config.model.head_chunk, end, pad)
+    adapted = _with_adapter(lm, config)
+    model = PackedLM(adapted, attention, config.model.head_chunk, end, pad)
     model.causal_lm.set_attn_implementation(ATTENTION)
     model.causal_lm.config.use_cache = False
 
@@ -226,17 +232,27 @@ def load_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, device: to
         for layer in layers:
             layer.forward = torch.compile(layer.forward)
     count = config.model.checkpoint_layers
-    assert count != "auto", "resolve checkpoint_layers before the model is built"
+    assert count != "auto", "resolve_auto comes before load_model"
     checkpoint_layers(layers, count, dropout=config.lora.enabled and config.lora.dropout > 0)
     return model
 
 
-def _base_model(config: SFTConfig, model_config: Any, device: torch.device, base: Path) -> PreTrainedModel:
+def _base_model(
+    config: SFTConfig,
+    model_config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    base: Path,
+    write_base: bool,
+) -> PreTrainedModel:
     dtype = getattr(torch, config.model.dtype)
     if config.model.from_scratch and not base.exists():
         torch.manual_seed(config.run.seed)
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+            lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+        if write_base:
+            _write_base(lm, tokenizer, base)
+        return lm
     path = str(base) if config.model.from_scratch else config.model.path
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -252,6 +268,15 @@ def _base_model(config: SFTConfig, model_config: Any, device: torch.device, base
             f"model.path: cannot read weights from {path}: {_first_line(error)}; check the path, or set "
             "model.from_scratch for random weights"
         ) from None
+
+
+def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
+    """Write the random weights of a `from_scratch` run, whole or not at all: its adapter is worth nothing without."""
+    disable_progress_bar()
+    unfinished = base.with_name(f"{base.name}.tmp-{uuid.uuid4().hex}")
+    lm.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, base)
 
 
 def read_adapter_config(folder: str) -> PeftConfig:
@@ -305,6 +330,12 @@ def trainable_parameters(model: PackedLM) -> dict[str, nn.Parameter]:
     """Trained parameters by the names that PEFT / transformers write on disk."""
     named = model.lm.named_parameters()
     return {name.replace(".default.", "."): parameter for name, parameter in named if parameter.requires_grad}
+
+
+def num_trainable(model: PackedLM) -> int | None:
+    """Number of adapter parameters; None in full training."""
+    count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    return count if isinstance(model.lm, PeftModel) else None
 
 
 def load_trainable(model: PackedLM, tensors: dict[str, Tensor]) -> None:

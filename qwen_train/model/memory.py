@@ -1,5 +1,6 @@
 """Memory of a step: which layers keep their activations and which recompute them in backward."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import wraps
 from typing import Any
@@ -7,6 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from qwen_train.config import Config, SFTConfig
+
+CPU_TOKENS = 4096
+GPU_TOKENS = 16384
+
+
+def resolve_auto(config: Config, device: torch.device, longest: int) -> Config:
+    """The config with `checkpoint_layers` and `tokens_per_microbatch` written out as numbers.
+
+    `longest`: tokens of the longest row, which a micro-batch must hold.
+    """
+    layers, tokens = config.model.checkpoint_layers, config.batch.tokens_per_microbatch
+    if layers == "auto":
+        layers = 0
+    if tokens == "auto":
+        tokens = max(longest, GPU_TOKENS if device.type == "cuda" else CPU_TOKENS)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, checkpoint_layers=layers),
+        batch=dataclasses.replace(config.batch, tokens_per_microbatch=tokens),
+    )
+
+
+def microbatch_tokens(config: SFTConfig) -> int:
+    """The token budget of a config without autos."""
+    assert config.batch.tokens_per_microbatch != "auto", "resolve_auto comes first"
+    return config.batch.tokens_per_microbatch
 
 
 def checkpoint_layers(layers: Sequence[nn.Module], count: int, dropout: bool) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qwen_train.data.stream import MicroBatches
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and saving may keep one rank busy for minutes
 PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
 ALL_REDUCE_BYTES = 256 * 2**20
@@ -64,6 +65,12 @@ class Run:
                 "configs/accelerate/ddp_cpu.yaml"
             )
 
+    def note(self, *messages: str) -> None:
+        """Print messages on rank 0."""
+        if self.is_main:
+            for message in messages:
+                print(message, flush=True)
+
     # -- signals --------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -99,12 +106,11 @@ class Run:
         dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
+    def from_main(self, function: Callable[[], T]) -> T:
+        """`function()`, called on rank 0 alone; its value on every rank."""
+        box: list[Any] = [function() if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box)
         return box[0]
 
     def barrier(self) -> None:
@@ -130,7 +136,7 @@ class Run:
 
     # -- gradients ------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Model, torch.optim.Optimizer]:
         """Shard under FSDP2; otherwise give every rank rank 0's trained parameters.
 
         There is no DistributedDataParallel around the model: every micro-batch would run without synchronising, and
@@ -180,6 +186,12 @@ class Run:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, those that FSDP2 has sharded gathered (a collective)."""
+        return {
+            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()
+        }
 
     def close(self) -> None:
         if self.world_size > 1:

@@ -13,11 +13,11 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from qwen_train.train.files import write_bytes_atomic, write_json_atomic
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 OUTCOMES = ("running", "finished", "interrupted", "refused", "failed")
 
@@ -285,12 +286,13 @@ class Throughput:
         length = num_tokens / max(num_sequences, 1) if mean_length is None else mean_length
         self.flops += num_tokens * self.flops_per_token(length)
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for the next micro-batches: goes into `perf/data_wait_fraction`."""
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; the wait for each of them goes into `perf/data_wait_fraction`."""
         start = time.monotonic()
-        yield
-        self.waited += time.monotonic() - start
+        for item in items:
+            self.waited += time.monotonic() - start
+            yield item
+            start = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

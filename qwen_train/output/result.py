@@ -1,0 +1,81 @@
+"""The end of a run: its adapter or model folder, its card, its last word."""
+
+import importlib.metadata
+import json
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from qwen_train.config import DataPaths, SFTConfig, as_dict
+from qwen_train.model.load import PackedLM, base_fingerprint, trainable_parameters
+from qwen_train.output.export import model_card, write_adapter, write_full_model
+from qwen_train.train.distributed import Run
+from qwen_train.train.files import write_json_atomic
+from qwen_train.train.folder import Progress, RunFolder
+from qwen_train.train.metrics import write_status
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
+
+
+def write_result(
+    run: Run,
+    folder: RunFolder,
+    model: PackedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    progress: Progress,
+) -> None:
+    """Write `adapter/` or `model/` with a model card, mark the run finished and say what came of it.
+
+    All ranks call it, since sharded weights are gathered; rank 0 writes.
+    """
+    tensors = run.whole(trainable_parameters(model))
+    if not run.is_main:
+        return
+    lora = isinstance(model.lm, PeftModel)
+    target = folder.path / ("adapter" if lora else "model")
+    base_name = str(folder.base) if config.model.from_scratch else config.model.path
+    first, last = _held_out_metrics(folder)
+    card: dict[str, Any] = {
+        "kind": "adapter" if lora else "full",
+        "method": "SFT" if type(config) is SFTConfig else "DPO",
+        "base_name": base_name,
+        "config": as_dict(config),
+        "facts": {
+            "steps": progress.step,
+            "tokens": progress.num_tokens,
+            "skipped steps": progress.skipped,
+            "processes": run.world_size,
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+        "metrics": last,
+        "datasets": _paths(config.data.train),
+        "lora": {"r": config.lora.r, "use_dora": config.lora.use_dora} if lora else None,
+        "name": config.run.name,
+    }
+    if isinstance(model.lm, PeftModel):
+        text = model_card(target, **card)
+        write_adapter(target, model.lm, tensors, tokenizer, base_name, card=text)
+        write_json_atomic(target / "base.json", {"base_sha256": base_fingerprint(model)})
+    else:
+        write_full_model(target, model.causal_lm, tensors, tokenizer, card=model_card(target, **card))
+    (folder.path / "README.md").write_text(model_card(folder.path, weights=target.name, **card))
+    write_status(folder.path, "finished", step=progress.step, result=str(target))
+    for name, title in (("eval/loss", "held-out loss"), ("eval/exact_match", "right answers")):
+        if name in first and name in last:
+            run.note(f"{title}: {first[name]:.3f} -> {last[name]:.3f}")
+    run.note(f"{'adapter' if lora else 'model'}: {target}")
+
+
+def _paths(paths: DataPaths) -> list[str]:
+    listed = paths if isinstance(paths, list) else [paths]
+    return [name for path in listed for name in ([path] if isinstance(path, str) else path)]
+
+
+def _held_out_metrics(folder: RunFolder) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last evaluation in metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [{name: value for name, value in line.items() if name.startswith("eval/")} for line in lines]
+    evaluations = [values for values in evaluations if values] or [{}]
+    return evaluations[0], evaluations[-1]
