@@ -125,9 +125,11 @@ def test_a_wrong_boundary_or_alignment_is_seen():
     qkv = random_qkv(18)
     right = run_with_grads(plain(segments([5, 1, 9, 3], [5, 1, 9, 3])), qkv)
     assert max_difference(run_with_grads(packed(segments([5, 2, 8, 3], [5, 2, 8, 3])), qkv), right) > 1e-2
-    qkv = random_qkv(10, num_keys=20)
-    right = run_with_grads(plain(segments([3, 7], [9, 11])), qkv)
-    top_left = run_with_grads(plain(segments([3, 7], [9, 11])), [qkv[0], *(x.flip(2) for x in qkv[1:])])
+    batch, qkv = segments([3, 7], [9, 11]), random_qkv(10, num_keys=20)
+    right = run_with_grads(plain(batch), qkv)
+    kwargs = attention_kwargs(batch, "sdpa")
+    kwargs["packed_groups"] = tuple(g._replace(mask=torch.ones_like(g.mask).tril()) for g in kwargs["packed_groups"])
+    top_left = run_with_grads(lambda q, k, v: packed_attention(None, q, k, v, None, scaling=0.25, **kwargs)[0], qkv)
     assert max_difference(top_left, right) > 1e-2
 
 

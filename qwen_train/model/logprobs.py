@@ -32,6 +32,8 @@ class ChunkScores(NamedTuple):
     """bool[C]; a target that ties with the maximum counts."""
     logsumexp: Tensor
     """float32[C]."""
+    miss: Tensor
+    """Probability of all other tokens; a sum without the target's, since `1 - p` has no digits left near 1. float32[C]."""
     residual: Tensor | None
     """`onehot(target) - softmax(logits)`, formed in fp32 and rounded once to the head's dtype; [C, V]."""
 
@@ -80,32 +82,42 @@ def chunk_scores(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | 
     targets = targets[:, None]
     maximum = logits.amax(-1, keepdim=True)
     target_logits = logits.gather(1, targets)
-    exponentials = logits.sub_(maximum).exp_()
-    total = exponentials.sum(-1, keepdim=True)
-    logsumexp = maximum + total.log()
+    others = logits.sub_(maximum).exp_().scatter_(1, targets, 0.0)
+    sum_others = others.sum(-1, keepdim=True)
+    total = sum_others + (target_logits - maximum).exp()
+    miss = sum_others / total
     residual = None
     if residual_dtype is not None:
-        residual = exponentials.div_(total.neg_())
-        residual.scatter_add_(1, targets, torch.ones_like(total))
-        residual = residual.to(residual_dtype)
-    return ChunkScores(
-        (target_logits - logsumexp).squeeze(1), (target_logits >= maximum).squeeze(1), logsumexp.squeeze(1), residual
-    )
+        residual = others.div_(-total).scatter_(1, targets, miss).to(residual_dtype)
+    return _chunk_scores(target_logits, maximum, total, miss, residual)
 
 
 def chunk_scores_functional(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
     """`chunk_scores` without in-place steps, for torch.compile to fuse into one reduction and one pointwise pass."""
     targets = targets[:, None]
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets
     maximum = logits.amax(-1, keepdim=True)
     target_logits = logits.gather(1, targets)
-    total = (logits - maximum).exp().sum(-1, keepdim=True)
-    logsumexp = maximum + total.log()
+    others = torch.where(is_target, 0.0, (logits - maximum).exp())
+    sum_others = others.sum(-1, keepdim=True)
+    total = sum_others + (target_logits - maximum).exp()
+    miss = sum_others / total
     residual = None
     if residual_dtype is not None:
-        onehot = torch.arange(logits.shape[1], device=logits.device) == targets
-        residual = (onehot.float() - (logits - maximum).exp() / total).to(residual_dtype)
+        residual = torch.where(is_target, miss, -others / total).to(residual_dtype)
+    return _chunk_scores(target_logits, maximum, total, miss, residual)
+
+
+def _chunk_scores(
+    target_logits: Tensor, maximum: Tensor, total: Tensor, miss: Tensor, residual: Tensor | None
+) -> ChunkScores:
+    log_total = total.log()
     return ChunkScores(
-        (target_logits - logsumexp).squeeze(1), (target_logits >= maximum).squeeze(1), logsumexp.squeeze(1), residual
+        logps=(target_logits - maximum - log_total).squeeze(1),
+        is_argmax=(target_logits >= maximum).squeeze(1),
+        logsumexp=(maximum + log_total).squeeze(1),
+        miss=miss.squeeze(1),
+        residual=residual,
     )
 
 
@@ -135,18 +147,19 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weight = head_weight.to(hidden.dtype)
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        logsumexp = torch.empty_like(logps)
+        logsumexp, miss = torch.empty_like(logps), torch.empty_like(logps)
         is_argmax = torch.empty_like(logps, dtype=torch.bool)
         jacobian = torch.empty_like(hidden) if keep_jacobian else None
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             chunk = scores(_logits(hidden[rows], weight), targets[rows], hidden.dtype if keep_jacobian else None)
-            logps[rows], is_argmax[rows], logsumexp[rows] = chunk.logps, chunk.is_argmax, chunk.logsumexp
+            logps[rows], is_argmax[rows] = chunk.logps, chunk.is_argmax
+            logsumexp[rows], miss[rows] = chunk.logsumexp, chunk.miss
             if jacobian is not None:
                 assert chunk.residual is not None
                 torch.mm(chunk.residual, weight, out=jacobian[rows])
         ctx.chunk_size, ctx.train_head = chunk_size, train_head
-        ctx.save_for_backward(*((hidden, head_weight, targets, logsumexp) if train_head else (jacobian,)))
+        ctx.save_for_backward(*((hidden, head_weight, targets, logsumexp, miss) if train_head else (jacobian,)))
         ctx.mark_non_differentiable(is_argmax)
         return logps, is_argmax
 
@@ -156,10 +169,10 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden: Tensor | None
         grad_weight: Tensor | None = None
         if ctx.train_head:
-            hidden, head_weight, targets, logsumexp = ctx.saved_tensors
+            hidden, head_weight, targets, logsumexp, miss = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
                 grad_hidden, grad_weight = _recomputed_grads(
-                    hidden, head_weight, targets, logsumexp, grad_logps, ctx.chunk_size, ctx.needs_input_grad[0]
+                    hidden, head_weight, targets, logsumexp, miss, grad_logps, ctx.chunk_size, ctx.needs_input_grad[0]
                 )
         else:
             (jacobian,) = ctx.saved_tensors
@@ -173,6 +186,7 @@ def _recomputed_grads(
     head_weight: Tensor,
     targets: Tensor,
     logsumexp: Tensor,
+    miss: Tensor,
     grad_logps: Tensor,
     chunk_size: int,
     want_hidden: bool,
@@ -185,8 +199,7 @@ def _recomputed_grads(
         rows = slice(start, start + chunk_size)
         scale = grad_logps[rows, None]
         residual = _logits(hidden[rows], weight).sub_(logsumexp[rows, None]).exp_().mul_(-scale)
-        residual.scatter_add_(1, targets[rows, None], scale)
-        residual = residual.to(hidden.dtype)
+        residual = residual.scatter_(1, targets[rows, None], scale * miss[rows, None]).to(hidden.dtype)
         if grad_hidden is not None:
             torch.mm(residual, weight, out=grad_hidden[rows])
         _add_product(grad_weight, residual.T, hidden[rows])

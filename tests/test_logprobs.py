@@ -1,0 +1,339 @@
+"""The chunked head: values and gradients against float64, what it computes, what it keeps in memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen_train.model import logprobs
+from qwen_train.model.logprobs import chunk_scores, chunk_scores_functional, token_logprobs
+
+TOKENS, SIZE, VOCAB = 23, 16, 61
+CHUNKS = (1, 7, 23, 4096)  # 7 does not divide 23
+
+
+def make_inputs(tokens=TOKENS, size=SIZE, vocab=VOCAB, dtype=torch.float32, train_head=False, spread=1.0):
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, size, generator=generator).mul_(spread).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, size, generator=generator).to(dtype).requires_grad_(train_head)
+    return hidden, weight, torch.randint(vocab, (tokens,), generator=generator)
+
+
+def exact_logps(hidden, weight, targets):
+    """log_softmax and gather, in float64 for a float64 input."""
+    return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def exact_grads(loss, hidden, weight, targets):
+    """Gradients of hidden and weight by autograd in float64."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    return torch.autograd.grad(loss(exact_logps(hidden, weight, targets)), (hidden, weight))
+
+
+def weighted_loss(logps):
+    return -(logps * torch.linspace(0.1, 3, len(logps)).to(logps)).sum() / 7
+
+
+def dpo_loss(logps):
+    """Two sequences a pair: the gradient differs from token to token, in size and in sign."""
+    half = len(logps) // 2
+    margin = logps[:half].sum() - logps[half:].sum()
+    return -F.logsigmoid(0.1 * margin)
+
+
+LOSSES = {"sum": torch.sum, "weighted": weighted_loss, "dpo": dpo_loss}
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["usual", "huge logits"])
+def test_values_equal_float64(chunk_size, spread):
+    hidden, weight, targets = make_inputs(spread=spread)
+    scores = token_logprobs(hidden, weight, targets, chunk_size, keep_graph=True)
+    expected = exact_logps(hidden.double(), weight.double(), targets)
+    assert scores.logps.dtype == torch.float32
+    assert ((scores.logps - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all()
+    assert torch.equal(scores.is_argmax, (hidden @ weight.T).argmax(-1) == targets)
+    other = exact_logps(hidden.double(), weight.double(), (targets + 1) % VOCAB)
+    assert (scores.logps - other).abs().max() > 0.1
+
+
+def test_ties_count_as_argmax():
+    weight = torch.eye(4)
+    hidden = torch.tensor([[2.0, 2.0, 1.0, 0.0]]).expand(4, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        scores = token_logprobs(hidden.to(dtype), weight.to(dtype), torch.arange(4), 3, keep_graph=False)
+        assert scores.is_argmax.tolist() == [True, True, False, False]
+
+
+def test_the_loss_equals_cross_entropy_with_ignored_labels():
+    torch.manual_seed(0)
+    hidden, weight, _ = make_inputs(tokens=40)
+    labels = torch.randint(VOCAB, (40,))
+    labels[torch.rand(40) < 0.4] = -100
+    expected = F.cross_entropy((hidden @ weight.T)[:-1], labels[1:], ignore_index=-100)
+    supervised = (labels[1:] != -100).nonzero().squeeze(1)
+    logps = token_logprobs(hidden[supervised], weight, labels[1:][supervised], 7, keep_graph=True).logps
+    loss = -logps.sum() / len(supervised)
+    assert 10 < len(supervised) < 35
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert (torch.autograd.grad(loss, hidden)[0] - torch.autograd.grad(expected, hidden)[0]).abs().max() < 1e-6
+
+
+def test_logps_of_a_completion_equal_the_naive_sum():
+    """The sum over the completion only, as in the original DPO code's _get_batch_logps."""
+    hidden, weight, _ = make_inputs(tokens=30)
+    ids = torch.randint(VOCAB, (30,), generator=torch.Generator().manual_seed(1))
+    prompt = 11
+    naive = sum(F.log_softmax(hidden[i - 1] @ weight.T, -1)[ids[i]].item() for i in range(prompt, 30))
+    ours = token_logprobs(hidden[prompt - 1 : -1], weight, ids[prompt:], 5, keep_graph=False).logps.sum()
+    assert ours.item() == pytest.approx(naive, abs=1e-4)
+    shifted = token_logprobs(hidden[prompt:], weight, ids[prompt:], 5, keep_graph=False).logps.sum()
+    assert abs(shifted.item() - naive) > 1
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_equal_float64(chunk_size, train_head, loss):
+    hidden, weight, targets = make_inputs(train_head=train_head)
+    LOSSES[loss](token_logprobs(hidden, weight, targets, chunk_size, keep_graph=True).logps).backward()
+    expected_hidden, expected_weight = exact_grads(LOSSES[loss], hidden, weight, targets)
+    assert expected_hidden.abs().max() > 1e-3
+    assert (hidden.grad - expected_hidden).abs().max() < 1e-5
+    if train_head:
+        assert (weight.grad - expected_weight).abs().max() < 1e-5
+    else:
+        assert weight.grad is None
+
+
+def test_a_trained_head_alone():
+    hidden, weight, targets = make_inputs(train_head=True)
+    hidden = hidden.detach()
+    weighted_loss(token_logprobs(hidden, weight, targets, 7, keep_graph=True).logps).backward()
+    _, expected = exact_grads(weighted_loss, hidden, weight, targets)
+    assert (weight.grad - expected).abs().max() < 1e-5
+
+
+def test_tied_weights_collect_both_gradients():
+    _, weight, targets = make_inputs(train_head=True)
+    ids = torch.arange(TOKENS) % VOCAB
+    weighted_loss(token_logprobs(F.embedding(ids, weight), weight, targets, 7, keep_graph=True).logps).backward()
+    exact = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(weighted_loss(exact_logps(F.embedding(ids, exact), exact, targets)), exact)
+    assert (weight.grad - expected).abs().max() < 1e-5
+
+
+def test_a_second_backward_gives_the_same():
+    hidden, weight, targets = make_inputs()
+    loss = weighted_loss(token_logprobs(hidden, weight, targets, 7, keep_graph=True).logps)
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
+def test_no_supervised_token_gives_zero_gradients(train_head):
+    hidden, weight, targets = make_inputs(train_head=train_head)
+    none = torch.empty(0, dtype=torch.int64)
+    scores = token_logprobs(hidden.index_select(0, none), weight, targets[:0], 7, keep_graph=True)
+    assert scores.logps.shape == scores.is_argmax.shape == (0,)
+    scores.logps.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    if train_head:
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def confident_inputs():
+    """bf16 hidden states and a head under which every target has p >= 0.999, with logits that bf16 cannot hold."""
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 256)
+    weight = torch.randn(512, 256) * 0.05
+    targets = torch.randperm(512)[:64]
+    for row, target in zip(hidden, targets, strict=True):
+        weight[target] += row * 20 / row.dot(row)
+    return hidden.bfloat16(), weight.bfloat16(), targets
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
+def test_confident_tokens_keep_their_gradient_in_bfloat16(train_head):
+    hidden, weight, targets = confident_inputs()
+    hidden.requires_grad_()
+    weight.requires_grad_(train_head)
+    logps = token_logprobs(hidden, weight, targets, 9, keep_graph=True).logps
+    probabilities = logps.double().exp()
+    assert probabilities.min() >= 0.999
+    assert probabilities.max() > 0.999999  # where 1 - p has but a digit left in fp32
+    logps.sum().backward()
+    expected, expected_weight = exact_grads(torch.sum, hidden, weight, targets)
+
+    def error(grad, reference):
+        return ((grad.double() - reference).norm(dim=-1) / reference.norm(dim=-1)).max().item()
+
+    assert error(hidden.grad, expected) < 0.01
+    if train_head:
+        assert error(weight.grad[targets], expected_weight[targets]) < 0.01
+    # The same sum with its two parts rounded before their difference loses it.
+    rounded = weight[targets] - (hidden.float() @ weight.float().T).softmax(-1).bfloat16() @ weight
+    assert error(rounded.detach(), expected) > 0.1
+
+
+def test_autocast_computes_in_bfloat16_and_returns_gradients_of_the_masters():
+    hidden, weight, targets = make_inputs(train_head=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = token_logprobs(hidden, weight, targets, 7, keep_graph=True).logps
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    reference = token_logprobs(*low, targets, 7, keep_graph=True).logps
+    assert torch.equal(logps, reference)
+    weighted_loss(logps).backward()
+    weighted_loss(reference).backward()
+    assert weight.grad.dtype == torch.float32
+    assert torch.equal(weight.grad.bfloat16(), low[1].grad)
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())  # the fp32 sum is not rounded on its way
+
+
+# --- work and memory ---------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Counts matrix products and remembers the largest tensor by dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+        self.largest = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest[tensor.dtype] = max(self.largest.get(tensor.dtype, 0), tensor.numel())
+        return result
+
+
+def watched(hidden, weight, targets, keep_graph=True):
+    with Watch() as forward:
+        logps = token_logprobs(hidden, weight, targets, 7, keep_graph).logps
+    return logps, forward.products
+
+
+def test_products_with_the_head():
+    """23 tokens in chunks of 7 are 4 chunks."""
+    hidden, weight, targets = make_inputs()
+    logps, products = watched(hidden, weight, targets)
+    assert products == 8  # logits and d logp / d hidden
+    with Watch() as backward:
+        logps.sum().backward()
+    assert backward.products == 0
+
+    for without_graph in (
+        lambda: watched(hidden, weight, targets, keep_graph=False),
+        lambda: torch.no_grad()(watched)(hidden, weight, targets),
+        lambda: watched(hidden.detach(), weight, targets),
+    ):
+        logps, products = without_graph()
+        assert products == 4
+        assert not logps.requires_grad
+
+    weight.requires_grad_()
+    logps, products = watched(hidden, weight, targets)
+    assert products == 4
+    with Watch() as backward:
+        logps.sum().backward()
+    assert backward.products == 12  # logits again, hidden's gradient, the head's gradient
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
+def test_whole_logits_never_exist(train_head):
+    hidden, weight, targets = make_inputs(tokens=300, size=8, vocab=400, train_head=train_head)
+    with Watch() as watch:
+        token_logprobs(hidden, weight, targets, 16, keep_graph=True).logps.sum().backward()
+    assert watch.largest[torch.float32] == 16 * 400  # one chunk; whole logits would be 300 x 400
+    with Watch() as watch:
+        exact_logps(hidden, weight, targets).sum().backward()
+    assert watch.largest[torch.float32] == 300 * 400
+
+
+def test_the_plain_kernel_makes_one_copy_of_a_chunk_at_most(monkeypatch):
+    """In place in the fp32 logits, then one rounded copy for the product; without a gradient no copy at all."""
+    made = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            storages = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            if isinstance(result, torch.Tensor) and result.numel() == 7 * VOCAB:
+                made.extend([function] if result.untyped_storage().data_ptr() not in storages else [])
+            return result
+
+    logits, targets = torch.randn(7, VOCAB), torch.arange(7)
+    with Allocations():
+        chunk_scores(logits.clone(), targets, None)
+    assert len(made) == 1  # the clone made here
+    made.clear()
+    with Allocations():
+        chunk_scores(logits.clone(), targets, torch.bfloat16)
+    assert len(made) == 2
+
+
+# --- the compiled kernel -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_both_kernels_agree(residual_dtype):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(9, VOCAB) * 8, torch.randint(VOCAB, (9,))
+    functional = chunk_scores_functional(logits, targets, residual_dtype)
+    plain = chunk_scores(logits.clone(), targets, residual_dtype)
+    assert torch.equal(functional.is_argmax, plain.is_argmax)
+    for ours, reference in zip(functional, plain, strict=True):
+        if reference is None:
+            assert ours is None
+        else:
+            assert ours.dtype == reference.dtype
+            tolerance = 1e-2 if ours.dtype == torch.bfloat16 else 1e-5
+            assert torch.allclose(ours.float(), reference.float(), rtol=tolerance, atol=1e-6)
+
+
+def test_compiled_equals_plain_with_one_graph_for_all_chunk_lengths():
+    torch._dynamo.reset()
+    logprobs._compiled_chunk_scores.cache_clear()
+    torch._dynamo.utils.counters.clear()
+    for tokens in (23, 40, 9):
+        hidden, weight, targets = make_inputs(tokens=tokens)
+        results = []
+        for compiled in (False, True):
+            scores = token_logprobs(hidden, weight, targets, 7, keep_graph=True, compiled=compiled)
+            (grad,) = torch.autograd.grad(weighted_loss(scores.logps), hidden)
+            results.append((scores.logps, scores.is_argmax.float(), grad))
+        for plain, ours in zip(*results, strict=True):
+            assert torch.allclose(plain, ours, rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
+def test_bfloat16_on_a_gpu(train_head, compiled):
+    hidden, weight, targets = (x.cuda() for x in confident_inputs())
+    hidden.requires_grad_()
+    weight.requires_grad_(train_head)
+    scores = token_logprobs(hidden, weight, targets, 9, keep_graph=True, compiled=compiled)
+    assert (scores.logps - exact_logps(hidden.double(), weight.double(), targets)).abs().max() < 1e-5
+    assert scores.is_argmax.all()
+    scores.logps.sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        token_logprobs(hidden, weight, targets, 9, keep_graph=True, compiled=compiled).logps.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected, expected_weight = exact_grads(torch.sum, hidden, weight, targets)
+    assert (hidden.grad / 2 - expected).norm() < 0.01 * expected.norm()
+    if train_head:
+        assert (weight.grad / 2 - expected_weight).norm() < 0.01 * expected_weight.norm()
