@@ -125,7 +125,11 @@ def _adapter_tensors(
         return expected
     given = state_dict
     if given.keys() != expected.keys():
-        given = get_peft_model_state_dict(model, dict(given), adapter_name, save_embedding_layers=False)
+        # PEFT drops what does not bear the adapter's name: "q_proj.lora_A.weight" -> "q_proj.lora_A.default.weight".
+        full_names = {name.replace(f".{adapter_name}.", "."): name for name in model.state_dict()}
+        named = {full_names.get(name, name): tensor for name, tensor in state_dict.items()}
+        given = get_peft_model_state_dict(model, named, adapter_name, save_embedding_layers=False)
+        given |= {name: tensor for name, tensor in named.items() if name not in model.state_dict()}  # to be refused
     _require_same_names("adapter", given, expected)
     return given
 
@@ -157,7 +161,7 @@ def model_card(
     base_name: str,
     config: Mapping[str, Any],
     facts: Mapping[str, Any],
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float | None],
     datasets: Sequence[str] = (),
     lora: Mapping[str, Any] | None = None,
     name: str | None = None,
@@ -167,8 +171,8 @@ def model_card(
 
     `folder`: where the card will lie (paths in it are relative to that); `weights`: the weights' folder, seen from
     there. `method`: "SFT" or "DPO". `config`: the resolved config, nested. `facts`: steps, tokens, time, versions ...;
-    `metrics`: the last values by full name. `datasets`: paths or hub ids of the training data. `lora`: r, use_dora of
-    the adapter. The licence is left to the person who publishes.
+    `metrics`: the last values by full name, None for what was not finite. `datasets`: paths or hub ids of the training
+    data. `lora`: r, use_dora of the adapter. The licence is left to the person who publishes.
     """
     base = _portable(base_name, folder)
     title = name or folder.resolve().name
@@ -186,7 +190,7 @@ def model_card(
         front["datasets"] = hub_datasets
     made = {"adapter": "A LoRA adapter for", "merged": "A LoRA adapter merged into", "full": "A fine-tuned version of"}
     rows = {**facts, "data": ", ".join(_portable(data, folder) for data in datasets) or "-"}
-    numbers = {key: f"{value:.6g}" for key, value in metrics.items()}
+    numbers = {key: "-" if value is None else f"{value:.6g}" for key, value in metrics.items()}
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {title}",
@@ -288,7 +292,7 @@ def _last_part(path: str) -> str:
 
 def _is_hub_id(name: str) -> bool:
     plain = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    return plain is not None and not Path(name).suffix and not Path(name).exists()
+    return plain is not None and Path(name).suffix not in (".json", ".jsonl", ".parquet") and not Path(name).exists()
 
 
 def _portable(name: str, folder: Path) -> str:
