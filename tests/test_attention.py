@@ -121,6 +121,16 @@ def test_sdpa_equals_a_plain_loop(name):
     assert max_difference(run_with_grads(packed(batch), qkv), run_with_grads(plain(batch), qkv)) < 1e-5
 
 
+def test_sdpa_in_bfloat16_on_the_cpu():
+    batch = CASES["shared prompts"]
+    qkv = random_qkv(len(batch.input_ids), dtype=torch.bfloat16)
+    ours = run_with_grads(packed(batch), qkv)
+    assert all(x.dtype == torch.bfloat16 for x in ours)
+    exact = [x.detach().float().requires_grad_() for x in qkv]
+    for value, expected in zip(ours, run_with_grads(plain(batch), exact), strict=True):
+        assert (value.float() - expected).norm() <= 2e-2 * expected.norm()
+
+
 def test_a_wrong_boundary_or_alignment_is_seen():
     qkv = random_qkv(18)
     right = run_with_grads(plain(segments([5, 1, 9, 3], [5, 1, 9, 3])), qkv)

@@ -1,8 +1,16 @@
 """The chunked head: values and gradients against float64, what it computes, what it keeps in memory."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_train.model import logprobs
@@ -337,3 +345,57 @@ def test_bfloat16_on_a_gpu(train_head, compiled):
     assert (hidden.grad / 2 - expected).norm() < 0.01 * expected.norm()
     if train_head:
         assert (weight.grad / 2 - expected_weight).norm() < 0.01 * expected_weight.norm()
+
+
+# --- a sharded head (this file starts itself as two gloo processes) -------------------------------------------------
+
+
+class TinyLM(nn.Module):
+    """Embedding, two layers and a head that is multiplied inside the forward, as in the real wrapper."""
+
+    def __init__(self, tied):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, SIZE)
+        self.layers = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in range(2))
+        self.lm_head = nn.Linear(SIZE, VOCAB, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = hidden + F.silu(layer(hidden))
+        return token_logprobs(hidden[:-1], self.lm_head.weight, ids[1:], 7, keep_graph=True)
+
+
+def compare_sharded_gradients(rank, store):
+    """Gradients under FSDP2, the root resharded after its forward too, against one process."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    ids = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
+    for tied in (False, True):
+        reference, model = TinyLM(tied), TinyLM(tied)
+        (sum(weighted_loss(reference(row).logps) for row in ids) / 2).backward()
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        for _ in range(2):  # the second time from freed and gathered storage
+            model.zero_grad()
+            weighted_loss(model(ids[rank]).logps).backward()
+        expected = dict(reference.named_parameters())
+        for name, parameter in model.named_parameters():
+            assert expected[name].grad.abs().max() > 1e-3, name
+            assert (parameter.grad.full_tensor() - expected[name].grad).abs().max() < 1e-6, name
+    dist.destroy_process_group()
+
+
+@pytest.mark.ranks
+def test_a_trained_head_under_fsdp2(tmp_path):
+    command = [sys.executable, __file__, str(tmp_path / "store")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(compare_sharded_gradients, (sys.argv[1],), nprocs=2)

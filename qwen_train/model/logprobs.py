@@ -33,7 +33,7 @@ class ChunkScores(NamedTuple):
     logsumexp: Tensor
     """float32[C]."""
     miss: Tensor
-    """Probability of all other tokens; a sum without the target's, since `1 - p` has no digits left near 1. float32[C]."""
+    """Probability of all other tokens, float32[C]; a sum without the target, since near p = 1 `1 - p` has no digits."""
     residual: Tensor | None
     """`onehot(target) - softmax(logits)`, formed in fp32 and rounded once to the head's dtype; [C, V]."""
 
