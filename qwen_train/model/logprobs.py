@@ -53,10 +53,11 @@ def token_logprobs(
 
     FSDP2: a trainable `head_weight` is saved as the unsharded parameter itself, as F.linear saves it. It is valid in
     the backward even if its group was resharded after the forward, since FSDP2 gathers into the same storage again;
-    but the hook that does so sits on the tensors of the sharded module's output, which torch 2.11 finds in a NamedTuple
-    such as TokenScores and not in a plain dataclass.
+    but the hook that does so sits on the tensors of the sharded module's output, so that must be a pytree, as
+    TokenScores is (a NamedTuple; not every torch looks into a dataclass).
 
-    `compiled` fuses the elementwise work of a chunk by torch.compile: two passes over the logits instead of about ten.
+    `compiled` fuses the elementwise work of a chunk by torch.compile into one reduction and one pointwise pass over the
+    logits, instead of about ten passes.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
