@@ -46,6 +46,9 @@ FAMILIES = {
 }
 
 
+REFERENCE_ADAPTER = "reference"
+
+
 class PackedLM(nn.Module):
     """A causal language model that scores packed batches; the head runs in here, on supervised positions only.
 
@@ -101,6 +104,19 @@ class PackedLM(nn.Module):
         finally:
             for layer in layers:
                 layer._disable_adapters = False
+
+    @contextmanager
+    def reference_adapter(self) -> Iterator[None]:
+        """The frozen adapter that `add_reference_adapter` added, in the place of the trained one. Flags only, too."""
+        layers = list(self._lora_layers())
+        active = [layer._active_adapter for layer in layers]
+        for layer in layers:
+            layer._active_adapter = [REFERENCE_ADAPTER]
+        try:
+            yield
+        finally:
+            for layer, names in zip(layers, active, strict=True):
+                layer._active_adapter = names
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 64) -> list[list[int]]:

@@ -1,0 +1,143 @@
+"""Direct preference optimisation: one run, read from top to bottom."""
+
+import functools
+import math
+
+import numpy as np
+import torch
+
+from qwen_train.config import DPOConfig
+from qwen_train.data.chat import ChatOptions
+from qwen_train.data.stream import Stream, collate_preferences, packed_lengths, prefetch
+from qwen_train.data.tokenize import tokenize_preferences
+from qwen_train.loss.preference import preference_loss
+from qwen_train.model.load import load_model, load_tokenizer, num_trainable
+from qwen_train.model.memory import microbatch_tokens, resolve_auto
+from qwen_train.output.result import write_result
+from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.evaluate import evaluate_dpo, hold_out_pairs, pair_sums, preference_metrics, sample_both
+from qwen_train.train.folder import due, open_run, restore, save
+from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
+from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
+from qwen_train.train.reference import Reference, score_pairs
+
+
+def train(config: DPOConfig, run: Run) -> None:
+    """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
+    folder = run.from_main(lambda: open_run(config))
+    run.note(*folder.notes)
+    if folder.finished:
+        run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
+        return
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(config.model)
+    share_prompt = config.reference.share_prompt
+    tokenize = functools.partial(
+        tokenize_preferences,
+        tokenizer=tokenizer,
+        options=ChatOptions.from_config(config.data),
+        format=config.data.format,
+        workers=config.data.workers,
+        cache_dir=config.data.cache_dir,
+    )
+    data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
+    run.note(f"data.train: {data.report.summary()}")
+    lengths = packed_lengths(data.dataset, share_prompt)
+    config = resolve_auto(config, run.device, longest=int(lengths.max()))
+    held_out = None
+    if config.data.eval:
+        eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
+        run.note(f"data.eval: {eval_data.report.summary()}")
+        held_out = hold_out_pairs(eval_data, config)
+    stream = Stream(
+        lengths=lengths,
+        total_weights=np.ones(len(data)),  # a pair counts as one
+        collate=collate_preferences(data.dataset, share_prompt),
+        sequences_per_step=config.batch.sequences_per_step,
+        tokens_per_microbatch=microbatch_tokens(config),
+        seed=config.run.seed,
+        epochs=None if config.run.steps else config.run.epochs or 1,
+        shuffle=config.data.shuffle,
+        sources=data.column("source"),
+        source_weights=[source.weight for source in data.sources],
+        rank=run.rank,
+        world_size=run.world_size,
+    )
+    total_steps = config.run.steps or stream.num_steps(config.run.epochs or 1)
+
+    # -- model and optimizer, fresh or from a checkpoint; the reference -----------------------------------------------
+    model = load_model(config, tokenizer, run.device, folder.base, run.is_main)
+    reference = Reference(config, model)
+    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    model, optimizer = run.prepare(model, optimizer)
+    progress = restore(folder, model, optimizer)
+    flops = functools.partial(
+        flops_per_token,
+        model.lm.config,
+        lora_parameters=num_trainable(model),
+        head_fraction=data.report.supervised_tokens / int(lengths.sum()),
+        reference_forward=reference.source is not None,
+    )
+
+    with Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics:
+        throughput = Throughput(run.device, flops, run.world_size, unit="pairs")
+
+        def evaluate() -> None:
+            assert held_out is not None
+            with throughput.paused():
+                values = evaluate_dpo(run, model, held_out, reference.logps, config.loss)
+                sampled, texts = sample_both(run, model, reference, held_out, tokenizer)
+            metrics.log(progress.step, values | sampled)
+            metrics.samples(progress.step, "eval/samples", texts)
+
+        if held_out and progress.step == 0:
+            evaluate()
+
+        # -- the loop -------------------------------------------------------------------------------------------------
+        model.train()
+        steps = range(progress.step, total_steps)
+        for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
+            lr = learning_rate(config.optim, step, total_steps)
+            set_learning_rate(optimizer, lr)
+            sums = torch.zeros(18, dtype=torch.float64, device=run.device)
+            for batch in run.accumulate(model, microbatches, step):
+                ref_logps = reference.logps(batch)
+                pairs = score_pairs(model(batch).logps, ref_logps, batch)
+                losses = preference_loss(pairs, config.loss)
+                run.backward(losses.sum() / microbatches.total_weight * run.world_size)  # pairs of the global step
+                sums += pair_sums(pairs, losses, config.loss)
+            grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
+            if math.isfinite(grad_norm):  # the same number on every rank, so all of them agree
+                optimizer.step()
+            else:
+                progress.skipped += 1
+                metrics.note(f"step {step + 1}: gradient norm {grad_norm}, update skipped; rows {microbatches.rows}")
+            optimizer.zero_grad()
+            progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens
+            throughput.add(microbatches.num_tokens, microbatches.num_sequences)
+
+            # -- log, evaluate, save, leave ---------------------------------------------------------------------------
+            last, stopping = progress.step == total_steps, run.should_stop()
+            metrics.advance(progress.step)
+            if last or progress.step % config.run.log_every == 0:
+                values = {
+                    **preference_metrics("train", run.sum(sums)),
+                    "train/learning_rate": lr,
+                    "train/grad_norm": grad_norm,
+                    "train/epoch": microbatches.epoch,
+                    "train/num_tokens": progress.num_tokens,
+                    "train/skipped_steps": progress.skipped,
+                }
+                metrics.log(progress.step, values | throughput.read())
+            if held_out and (last or due(progress.step, config.run.eval_every)) and not stopping:
+                evaluate()
+            if last or stopping or due(progress.step, config.run.save_every):
+                with throughput.paused():
+                    metrics.sync()
+                    save(run, folder, progress, model, optimizer, config)
+            if stopping and not last:
+                raise Interrupted(f"stopped after step {progress.step} of {total_steps}; start again to go on")
+
+    # -- what the run hands over --------------------------------------------------------------------------------------
+    write_result(run, folder, model, tokenizer, config, progress)
