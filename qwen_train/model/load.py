@@ -4,8 +4,6 @@
 compilation and activation checkpointing. PEFT is spoken to here only.
 """
 
-import hashlib
-import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,15 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import ModelConfig, SFTConfig
+from qwen_train.model.adapters import (
+    REFERENCE_ADAPTER,
+    add_reference_adapter,
+    check_base,
+    check_template,
+    merge_adapter,
+    read_adapter_config,
+)
 from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
 from qwen_train.model.logprobs import TokenScores, token_logprobs
 from qwen_train.model.memory import checkpoint_layers
@@ -44,9 +49,6 @@ FAMILIES = {
     "qwen2": Family(decoder_layer="Qwen2DecoderLayer", end_of_turn="<|im_end|>"),
     "qwen3": Family(decoder_layer="Qwen3DecoderLayer", end_of_turn="<|im_end|>"),
 }
-
-
-REFERENCE_ADAPTER = "reference"
 
 
 class PackedLM(nn.Module):
@@ -182,6 +184,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.path: the tokenizer of {config.path} has no chat template; take an Instruct model's tokenizer "
             "or put its chat_template.jinja into the folder"
         )
+    if config.adapter is not None:
+        check_template(config.adapter, str(tokenizer.chat_template))
     return tokenizer
 
 
@@ -224,21 +228,32 @@ def _first_line(error: Exception) -> str:
 
 
 def load_model(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, base: Path, is_main: bool = True
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    base: Path,
+    is_main: bool = True,
+    frozen_copy: bool = False,
 ) -> PackedLM:
     """The model of a run on `device`: weights, adapter, attention, compilation, checkpointing.
 
     `base` is the run's own folder for the weights of a `from_scratch` run: read if it is there, else, when an adapter
-    is trained, written by the main process. Raises ValueError for what the user can mend.
+    is trained, written by the main process. `frozen_copy` keeps the adapter that training continues a second time, as
+    the reference. Raises ValueError for what the user can mend.
     """
     model_config = load_model_config(config.model)
     end, pad = special_tokens(tokenizer, model_config.model_type)
     attention = resolve_attention(config.model.attention, device, getattr(torch, config.model.dtype))
     check_config(model_config, attention)
     lm = _base_model(config, model_config, tokenizer, device, base, write_base=is_main and config.lora.enabled)
-    if config.model.adapter is not None and config.model.adapter_start == "merge":
-        lm = merge_adapter(lm, config.model.adapter)
+    if config.model.adapter is not None:
+        check_base(config.model.adapter, config.model.path, config.model.revision)
+        if config.model.adapter_start == "merge":
+            lm = merge_adapter(lm, config.model.adapter)
     adapted = _with_adapter(lm, config)
+    if frozen_copy:
+        assert isinstance(adapted, PeftModel) and config.model.adapter is not None
+        add_reference_adapter(adapted, config.model.adapter)
     model = PackedLM(adapted, attention, config.model.head_chunk, end, pad)
     model.causal_lm.set_attn_implementation(ATTENTION)
     model.causal_lm.config.use_cache = False
@@ -250,7 +265,7 @@ def load_model(
     count = config.model.checkpoint_layers
     assert count != "auto", "resolve_auto comes before load_model"
     checkpoint_layers(layers, count, dropout=config.lora.enabled and config.lora.dropout > 0)
-    return model
+    return model.train()  # transformers loads in evaluation mode
 
 
 def _base_model(
@@ -293,25 +308,6 @@ def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: P
     lm.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     os.replace(unfinished, base)
-
-
-def read_adapter_config(folder: str) -> PeftConfig:
-    """PEFT's config of an adapter folder. Raises ValueError where it is not one."""
-    path = Path(folder)
-    if not (path / "adapter_config.json").exists() or not (path / "adapter_model.safetensors").exists():
-        raise ValueError(
-            f"model.adapter: {folder} is not an adapter folder (adapter_config.json and adapter_model.safetensors); "
-            "give the adapter/ folder of a run, or leave it out to start from the base"
-        )
-    return PeftConfig.from_pretrained(folder)
-
-
-def merge_adapter(lm: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """The base with the adapter's update added to its weights."""
-    read_adapter_config(folder)
-    merged: nn.Module = PeftModel.from_pretrained(lm, folder, is_trainable=False).merge_and_unload()
-    assert isinstance(merged, PreTrainedModel)
-    return merged
 
 
 def _with_adapter(lm: PreTrainedModel, config: SFTConfig) -> PreTrainedModel | PeftModel:
@@ -366,19 +362,3 @@ def load_trainable(model: PackedLM, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-
-
-def base_fingerprint(model: PackedLM) -> str:
-    """sha256 over the shapes and sampled values of embeddings and norms: tells one base model from another.
-
-    Those are the weights that quantisation and adapters leave alone, so an NF4 run and a bf16 run of the same base
-    agree. 64 values of each tensor are taken.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.causal_lm.named_parameters()):
-        if "embed_tokens" in name or "norm" in name:
-            flat = parameter.detach().flatten()
-            index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)
-            values = flat[index].to(torch.bfloat16).float().tolist()
-            digest.update(json.dumps([name, list(parameter.shape), values]).encode())
-    return digest.hexdigest()

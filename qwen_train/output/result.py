@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qwen_train.config import DataPaths, SFTConfig, as_dict
-from qwen_train.model.load import PackedLM, base_fingerprint, trainable_parameters
+from qwen_train.model.adapters import base_fingerprint
+from qwen_train.model.load import PackedLM, trainable_parameters
 from qwen_train.output.export import model_card, write_adapter, write_full_model
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import write_json_atomic
@@ -57,7 +58,7 @@ def write_result(
     if isinstance(model.lm, PeftModel):
         text = model_card(target, **card)
         write_adapter(target, model.lm, tensors, tokenizer, base_name, card=text)
-        write_json_atomic(target / "base.json", {"base_sha256": base_fingerprint(model)})
+        write_json_atomic(target / "base.json", {"base_sha256": base_fingerprint(base_name, config.model.revision)})
     else:
         write_full_model(target, model.causal_lm, tensors, tokenizer, card=model_card(target, **card))
     (folder.path / "README.md").write_text(model_card(folder.path, weights=target.name, **card))

@@ -1,0 +1,220 @@
+"""Adapter folders: which base they belong to, merging them into it, a frozen second one, two of them as one."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from qwen_train.config import Config
+
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"
+REFERENCE_ADAPTER = "reference"
+SAMPLED_VALUES = 64
+HASH_CHUNK = 2**24
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def read_adapter_config(folder: str | Path) -> Any:
+    """PEFT's config of an adapter folder.
+
+    Raises ValueError where it is not one, or where its initialisation rewrote the base: without the adapter such a base
+    is not what the adapter was trained on, so it can neither be switched off nor be merged into the original.
+    """
+    path = Path(folder)
+    if not (path / "adapter_config.json").exists() or not (path / WEIGHTS).exists():
+        raise ValueError(
+            f"model.adapter: {folder} is not an adapter folder (adapter_config.json and {WEIGHTS}); "
+            "give the adapter/ folder of a run, or leave it out to start from the base"
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"model.adapter: {path / 'adapter_config.json'} cannot be read: {error}") from None
+    start = str(getattr(config, "init_lora_weights", True)).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq")):
+        raise ValueError(
+            f"model.adapter: {folder} was initialised by {start}, which rewrote the base, so switching the adapter "
+            "off does not give the base back; convert it to a plain LoRA first (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    return config
+
+
+def adapter_sha256(folder: str | Path) -> str:
+    """One hash over an adapter's weights and config."""
+    digest = hashlib.sha256()
+    for name in (WEIGHTS, "adapter_config.json"):
+        digest.update((Path(folder) / name).read_bytes())
+    return digest.hexdigest()
+
+
+def read_base(folder: str | Path) -> dict[str, Any]:
+    """What base.json says of an adapter's base; empty for an adapter of another tool."""
+    path = Path(folder) / BASE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def resolve_start(config: Config) -> tuple[Config, list[str]]:
+    """The config with the base of `model.adapter` as its `model.path`, and what a person should hear of the start.
+
+    The base is the one that the adapter's config names; a run folder that was moved has it beside the adapter. A
+    `model.path` with weights of its own must be that base by hash. Raises ValueError.
+    """
+    folder = config.model.adapter
+    if folder is None:
+        return config, [f"start: the base, {config.model.path}"]
+    named = read_adapter_config(folder).base_model_name_or_path or config.model.path
+    if config.model.from_scratch:
+        raise ValueError(
+            f"model.from_scratch: random weights are not the base of an adapter, got model.adapter {folder}; leave one "
+            "of them out"
+        )
+    beside = Path(folder).absolute().parent / "base"
+    if not Path(named).exists() and beside.is_dir():
+        named = str(beside)
+    elif not Path(named).exists() and (named.count("/") != 1 or named.startswith((".", "~", "/"))):
+        named = config.model.path  # a folder that is gone: the given one has to prove that it is the same
+    given = config.model.path
+    if given != named and _weight_files(given):
+        check_base(folder, given)
+        named = given
+    notes = [f"start: {folder}, {config.model.adapter_start}d, on {named}".replace("continued", "to be continued")]
+    if named == given:
+        return config, notes
+    model = dataclasses.replace(config.model, path=named, revision=None)
+    return dataclasses.replace(config, model=model), notes
+
+
+def check_base(folder: str, path: str, revision: str | None = None) -> None:
+    """Refuse (ValueError) the weights at `path` if base.json tells that the adapter was trained on others."""
+    expected = read_base(folder).get("base_sha256")
+    if expected is not None and expected != base_fingerprint(path, revision):
+        raise ValueError(
+            f"model.path: {path} is not the base that {folder} was trained on (the weights differ); give that base, "
+            f"{read_adapter_config(folder).base_model_name_or_path}, or another adapter"
+        )
+
+
+def check_template(folder: str, template: str | None) -> None:
+    """Refuse (ValueError) an adapter that was trained with another chat template than `template`."""
+    path = Path(folder) / "chat_template.jinja"
+    if path.exists() and path.read_text().strip() != (template or "").strip():
+        raise ValueError(
+            f"model.adapter: {path} differs from the chat template of model.path's tokenizer, so the adapter would see "
+            "prompts it was not trained on; put that template into the model's folder, or take another adapter"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fingerprints
+
+
+def _weight_files(path: str, revision: str | None = None) -> list[str]:
+    """Safetensors files of a model folder, or of a hub id among the downloaded ones; none if there are none."""
+    local: dict[str, Any] = {
+        "revision": revision,
+        "local_files_only": True,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **local) if _may_hold(path, SAFE_WEIGHTS_INDEX_NAME) else None
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        return [str(Path(index).parent / name) for name in names]
+    single = cached_file(path, SAFE_WEIGHTS_NAME, **local) if _may_hold(path, SAFE_WEIGHTS_NAME) else None
+    return [] if single is None else [single]
+
+
+def _may_hold(path: str, name: str) -> bool:
+    return not Path(path).is_dir() or (Path(path) / name).exists()
+
+
+def base_fingerprint(path: str, revision: str | None = None) -> str:
+    """sha256 over the shapes and 64 sampled values of every tensor of a model on disk: tells one base from another.
+
+    Taken from the files, so a quantised run and one in another dtype agree; a merged adapter changes every linear.
+    Raises ValueError where there are no safetensors files.
+    """
+    files = _weight_files(path, revision)
+    if not files:
+        raise ValueError(f"model.path: {path} holds no safetensors weights; give a model folder or a hub id")
+    entries = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a dict
+                entries[name] = _sampled(tensors.get_tensor(name))
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _sampled(tensor: Tensor) -> list[Any]:
+    """The shape and evenly spaced values of a tensor, in bf16's precision."""
+    flat = tensor.reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64).long()
+    return [list(tensor.shape), flat[index].to(torch.bfloat16).float().tolist()]
+
+
+@torch.no_grad()
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over every bit of the tensors where they lie, by two sums of their words modulo 2^64."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().contiguous().reshape(-1)
+        words = flat.view(torch.int16 if flat.element_size() % 2 == 0 else torch.int8)
+        plain = weighted = 0
+        for start in range(0, words.numel(), HASH_CHUNK):
+            chunk = words[start : start + HASH_CHUNK].long()
+            places = torch.arange(start, start + len(chunk), device=chunk.device) % 65_521 + 1
+            plain += int(chunk.sum())
+            weighted += int((chunk * places).sum())
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), plain, weighted]).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def merge_adapter(lm: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """The base with the adapter's update added to its weights, in the weights' own type."""
+    read_adapter_config(folder)
+    merged: nn.Module = PeftModel.from_pretrained(lm, str(folder), is_trainable=False).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
+def add_reference_adapter(lm: PeftModel, folder: str | Path) -> None:
+    """A frozen second copy of an adapter (`inference_mode`), for `PackedLM.reference_adapter`."""
+    lm.load_adapter(str(folder), REFERENCE_ADAPTER, is_trainable=False)
+
+
+def concatenate_adapters(lm: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[PeftModel, str]:
+    """Adapters of one base as one, whose rank is the sum of theirs: the model, and the new adapter's name in it.
+
+    The scales are folded into A, so the new one's is 1. Raises ValueError where PEFT cannot do it (DoRA, other layers).
+    """
+    if any(getattr(read_adapter_config(folder), "use_dora", False) for folder in folders.values()):
+        raise ValueError("DoRA adapters cannot be concatenated")
+    (first, folder), *others = folders.items()
+    model = PeftModel.from_pretrained(lm, str(folder), adapter_name=first, is_trainable=False)
+    for name, folder in others:
+        model.load_adapter(str(folder), name, is_trainable=False)
+    joined = "_and_".join(folders)
+    model.add_weighted_adapter(list(folders), [1.0] * len(folders), joined, combination_type="cat")
+    config: Any = model.peft_config[joined]
+    config.use_rslora = False  # PEFT copies the first adapter's config; alpha = r has to mean a scale of 1
+    config.lora_dropout = 0.0
+    return model, joined
