@@ -34,7 +34,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from qwen_train.data.formats import Conversation, Message, Preference, RowError
+from qwen_train.data.formats import ROLES, Conversation, Message, Preference, RowError
 
 START, END = "<|im_start|>", "<|im_end|>"
 LEADING_NEWLINES = re.compile(r"\s*[\r\n]+")
@@ -120,6 +120,7 @@ class _Rendering:
     messages: list[Message]
     literals: dict[str, str]
     notes: Counter[str]
+    max_turns: int
 
 
 class Template:
@@ -144,10 +145,10 @@ class Template:
         self._is_control = np.zeros(max(len(tokenizer), *self._control_ids.values()) + 1, dtype=bool)
         self._is_control[list(self._control_ids.values())] = True
         self.start_id, self.end_id = self._control_ids[START], self._control_ids[END]
-        roles = ("system", "user", "assistant", "tool")
-        self.headers = {role: self._encode_plainly(f"{START}{role}\n") for role in roles}
-        tool_header = self._encode_plainly(f"{START}user\n<tool_response>")
-        self._tool_header = tool_header if "<tool_response>" in self._control_ids else tool_header[:-1]  # ">\n" merges
+        self.header = self._encode_plainly(f"{START}assistant\n")
+        self._roles = {role: self._encode_plainly(f"{START}{role}") for role in ROLES}
+        result = self._encode_plainly(f"{START}user\n<tool_response>")
+        self._tool_result = result if "<tool_response>" in self._control_ids else result[:-1]  # ">" merges with "\n"
         self._probe()
 
     def _encode_plainly(self, text: str) -> list[int]:
@@ -169,7 +170,7 @@ class Template:
                 f"{self.where}: the chat template fails on a plain conversation: {_short(error)}"
             ) from error
         ids = np.asarray(self._encode_plainly(text))
-        if len(self._assistant_spans(ids)) != 1:
+        if len(self.assistant_spans(ids)) != 1:
             raise ValueError(
                 f"{self.where}: the chat template does not write an assistant turn as {START}assistant\\n ... {END}; "
                 "only ChatML templates of the Qwen family are supported"
@@ -211,7 +212,8 @@ class Template:
         for message in shown:
             if (reasoning := message.get("reasoning_content")) and reasoning.strip() not in text:
                 notes["reasoning_left_out"] += 1
-        return _Rendering(text, messages, literals, notes)
+        max_turns = len(messages) + 1 + bool(kwargs.get("add_generation_prompt"))
+        return _Rendering(text, messages, literals, notes, max_turns)
 
     def _render_or_error(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, options: ChatOptions
@@ -267,7 +269,7 @@ class Template:
         literal.no_truncation()
         literal.no_padding()
         sample = "".join(f"{text}{token}" for text, token in zip(_PROBE_TEXTS * 99, self.control_tokens, strict=False))
-        pieces = self._encode_pieces(_Rendering(sample, [], {}, Counter()), literal)
+        pieces = self._encode_pieces(_Rendering(sample, [], {}, Counter(), 0), literal)
         if odd or pieces != self._encode_plainly(sample):
             raise ValueError(
                 f"{self.where}: data.control_tokens: escape is not possible with this tokenizer (its control tokens "
@@ -311,19 +313,19 @@ class Template:
         return results
 
     def _check_own(self, ids: np.ndarray, rendering: _Rendering) -> None:
-        """Every control id is the template's own: as many as it wrote, and no more turns than messages (+ default)."""
+        """Every control id is the template's own: as many as it wrote, and hardly more turns than messages."""
         written = len(self._control.findall(rendering.text))
         if int(self._is_control[ids].sum()) != written:
             raise RowError("control_token", "text around the template's control tokens turned into a control token")
         turns = int((ids == self.start_id).sum())
-        if turns > len(rendering.messages) + 1:
+        if turns > rendering.max_turns:
             raise RowError("control_token", f"{turns} turns were rendered from {len(rendering.messages)} messages")
 
     # --- spans --------------------------------------------------------------------------------------------------------
 
-    def _assistant_spans(self, ids: np.ndarray) -> list[tuple[int, int]]:
+    def assistant_spans(self, ids: np.ndarray) -> list[tuple[int, int]]:
         """Every stretch from after an assistant header up to and including the next end token."""
-        starts = _find(ids, self.headers["assistant"]) + len(self.headers["assistant"])
+        starts = _find(ids, self.header) + len(self.header)
         ends = np.flatnonzero(ids == self.end_id)
         places = np.searchsorted(ends, starts)
         return [
@@ -331,7 +333,7 @@ class Template:
         ]
 
     def _checked_spans(self, ids: np.ndarray, messages: list[Message]) -> list[tuple[int, int]]:
-        spans = self._assistant_spans(ids)
+        spans = self.assistant_spans(ids)
         expected = sum(message["role"] == "assistant" for message in messages)
         overlap = any(left[1] > right[0] for left, right in itertools.pairwise(spans))
         if len(spans) != expected or overlap:
@@ -340,17 +342,17 @@ class Template:
             )
         return spans
 
-    def role_spans(self, ids: Sequence[int] | np.ndarray) -> list[tuple[str, int, int]]:
+    def role_spans(self, input_ids: Sequence[int] | np.ndarray) -> list[tuple[str, int, int]]:
         """`(role, start, end)` of every turn, header and newline included; tool results count as `tool`."""
-        array = np.asarray(ids, dtype=np.int64)
+        array = np.asarray(input_ids, dtype=np.int64)
         starts = np.flatnonzero(array == self.start_id).tolist()
         spans = []
         for start, end in zip(starts, [*starts[1:], len(array)], strict=True):
             turn = array[start:end].tolist()
-            roles = [role for role, header in self.headers.items() if turn[: len(header)] == header]
-            if turn[: len(self._tool_header)] == self._tool_header:
-                roles = ["tool"]
-            spans.append((roles[0] if roles else "other", start, end))
+            role = next((name for name, ids in self._roles.items() if turn[: len(ids)] == ids), "other")
+            if turn[: len(self._tool_result)] == self._tool_result:
+                role = "tool"
+            spans.append((role, start, end))
         return spans
 
     # --- conversations ------------------------------------------------------------------------------------------------

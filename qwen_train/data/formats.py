@@ -679,9 +679,12 @@ def build_table(
     import datasets
 
     with _bars_on_terminals_only():
-        raw = datasets.Dataset.from_generator(
-            rows, features=_features(row_columns), cache_dir=str(folder / "raw"), fingerprint="raw"
-        )
+        try:
+            raw = datasets.Dataset.from_generator(
+                rows, features=_features(row_columns), cache_dir=str(folder / "raw"), fingerprint="raw"
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None  # what `rows` itself raised
         processes = min(workers, len(raw) // rows_per_worker)
         return raw.map(
             judge,

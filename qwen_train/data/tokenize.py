@@ -1,7 +1,7 @@
 """Files of rows -> cached token arrays, and every row's verdict for the flight check.
 
 What a caller uses:
-- `tokenize_conversations(paths, tokenizer, options, ...)` (SFT) and `tokenize_preferences(...)` (DPO) -> `TokenDataset`:
+- `tokenize_conversations(paths, tokenizer, options, ...)` (SFT), `tokenize_preferences(...)` (DPO) -> `TokenDataset`:
   tokenises in worker processes, or loads the cache when files, options, template, tokenizer and code are the same.
   Call it on rank 0 first and on the others afterwards: the second call only loads. Rows in error end it with one
   ValueError that lists the first ten with file and line; dropped rows are counted in `TokenDataset.report`;
@@ -26,7 +26,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,11 +259,6 @@ def _judge(
     return judged
 
 
-@lru_cache(maxsize=2)
-def _template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    return Template(tokenizer)
-
-
 @dataclass(frozen=True)
 class _Judge:
     """What a worker does with a batch of raw rows: columns in, columns out."""
@@ -273,12 +268,16 @@ class _Judge:
     options: ChatOptions
     format: str
 
+    @cached_property
+    def template(self) -> Template:
+        return Template(self.tokenizer)
+
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [
             RawRow(source, "", row, text, has_lines, tuple(json.loads(error)) if error else None)
             for source, row, text, has_lines, error in zip(*(batch[name] for name in RAW_COLUMNS), strict=True)
         ]
-        judged = _judge(rows, _template(self.tokenizer), self.options, self.kind, self.format)
+        judged = _judge(rows, self.template, self.options, self.kind, self.format)
         encode = _conversation_columns if self.kind == "sft" else _preference_columns
         table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS[self.kind], *VERDICT_COLUMNS)}
         for raw, verdict in zip(rows, judged, strict=True):
@@ -384,6 +383,8 @@ def _build(
     try:
         work.mkdir(parents=True)
         raw = _RawRows(tuple(source.path for source in sources))
+        if next(raw(), None) is None:
+            raise ValueError(_nothing_left(sources, "the files hold no row"))
         table = formats.build_table(
             raw,
             RAW_COLUMNS,
@@ -449,9 +450,7 @@ def _reported(kind: Kind, table: Any, sources: list[formats.Source]) -> tuple[To
     report.dropped = dict(Counter(table.select(dropped)["reason"])) if len(dropped) else {}
     report.kept = len(keep)
     if not len(keep):
-        names = ", ".join(source.path for source in sources)
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.dropped.items()) or "the files hold no row"
-        raise ValueError(f"{names}: no row is left to train on ({reasons}); raise data.max_length or give other data")
+        raise ValueError(_nothing_left(sources, ", ".join(f"{name}: {n}" for name, n in report.dropped.items())))
     notes: Counter[str] = Counter()
     for text, count in Counter(table.select(keep)["notes"]).items():
         for note, value in json.loads(text).items():
@@ -461,6 +460,11 @@ def _reported(kind: Kind, table: Any, sources: list[formats.Source]) -> tuple[To
     report.kept_by_source = {source.path: int((origin[keep] == index).sum()) for index, source in enumerate(sources)}
     report.supervised_tokens = _supervised(kind, table)
     return report, keep.tolist()
+
+
+def _nothing_left(sources: list[formats.Source], reasons: str) -> str:
+    names = ", ".join(source.path for source in sources)
+    return f"{names}: no row is left to train on ({reasons}); raise data.max_length or give other data"
 
 
 def _supervised(kind: Kind, table: Any) -> int:

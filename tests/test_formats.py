@@ -1,0 +1,296 @@
+"""Rows of every format become one form; what is wrong with a row is said with a reason and its place."""
+
+import json
+from typing import Any
+
+import datasets
+import pytest
+
+from qwen_train.data import formats
+from qwen_train.data.formats import Conversation, Preference, RowError, Source, parse_row, read_rows, resolve_paths
+
+U = {"role": "user", "content": "Hi"}
+A = {"role": "assistant", "content": "Hello."}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": None, "y": {}}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "3"}
+SYSTEM = {"role": "system", "content": "S"}
+PARTS = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo."}]
+ARGUMENTS = '{"x": null, "y": {}}'
+TWO_CALLS = [{"name": "f"}, {"name": "g", "arguments": '{"a": 1}'}]
+
+
+def sft(row: Any, format: str = "auto") -> Conversation:
+    parsed = parse_row(json.dumps(row), "sft", format)
+    assert isinstance(parsed, Conversation)
+    return parsed
+
+
+def dpo(row: Any, format: str = "auto") -> Preference:
+    parsed = parse_row(json.dumps(row), "dpo", format)
+    assert isinstance(parsed, Preference)
+    return parsed
+
+
+def sharegpt(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"from": tag, "value": value} for tag, value in turns]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [U, A]}, [U, A]),
+        ({"messages": [U, A], "system": "S"}, [SYSTEM, U, A]),
+        ({"messages": [U, {"role": "assistant", "content": PARTS}]}, [U, A]),
+        ({"messages": [U, U, A, A]}, [U, U, A, A]),
+        ({"messages": [U, {**A, "train": False}]}, [U, {**A, "weight": 0.0}]),
+        ({"messages": [U, {**A, "train": True, "weight": 0.5}]}, [U, {**A, "weight": 0.5}]),
+        ({"messages": [U, {**A, "train": False, "weight": 0.5}]}, [U, {**A, "weight": 0.0}]),
+        ({"messages": [U, {**A, "thinking": "hm"}]}, [U, {**A, "reasoning_content": "hm"}]),
+        ({"messages": [U, {**CALLING, "content": None}, RESULT, RESULT, A]}, [U, CALLING, RESULT, RESULT, A]),
+        ({"messages": [U, {**CALLING, "tool_calls": [{"name": "f", "arguments": ARGUMENTS}]}]}, [U, CALLING]),
+        ({"prompt": "Hi", "completion": "Hello."}, [U, A]),
+        ({"prompt": [U, A, U], "completion": [A]}, [U, {**A, "weight": 0.0}, U, A]),
+        ({"instruction": "Hi", "input": "", "output": "Hello."}, [U, A]),
+        ({"instruction": "Add", "input": "1 2", "output": "3", "system": "S", "history": [["Hi", "Hello."]]},
+         [SYSTEM, U, A, {"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]),
+        ({"conversations": sharegpt(("human", "Hi"), ("gpt", "Hello."))}, [U, A]),
+        ({"conversations": sharegpt(("system", "S"), ("human", "Hi"), ("function_call", json.dumps(CALL["function"])),
+                                    ("observation", "3"), ("gpt", "Hello."))},
+         [SYSTEM, U, CALLING, RESULT, A]),
+        ({"conversations": sharegpt(("human", "Hi"), ("function_call", json.dumps(TWO_CALLS)))},
+         [U, {"role": "assistant", "content": "", "tool_calls": [
+             {"type": "function", "function": {"name": "f", "arguments": {}}},
+             {"type": "function", "function": {"name": "g", "arguments": {"a": 1}}}]}]),
+    ],
+)  # fmt: skip
+def test_sft_rows(row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    assert sft(row).messages == messages
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [U], "chosen": [A], "rejected": [{**A, "content": "No."}]},
+        {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."},
+        {"chosen": [U, A], "rejected": [U, {**A, "content": "No."}]},
+        {"prompt": "Hi", "chosen": [U, A], "rejected": [U, {**A, "content": "No."}], "score": 1},
+        {"prompt": [U], "chosen": [U, A], "rejected": [U, {**A, "content": "No."}]},
+        {
+            "conversations": sharegpt(("human", "Hi")),
+            "chosen": {"from": "gpt", "value": "Hello."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        {"conversations": sharegpt(("human", "Hi")), "chosen": "Hello.", "rejected": "No."},
+    ],
+)
+def test_dpo_rows_of_all_shapes_are_one(row: dict[str, Any]) -> None:
+    assert dpo(row) == Preference([U], [A], [{**A, "content": "No."}])
+    assert dpo({**row, "tools": '[{"name": "f"}]'}).tools == [{"name": "f"}]
+
+
+def test_system_field_of_a_pair() -> None:
+    row = {"prompt": "Hi", "chosen": "Hello.", "rejected": "No.", "system": "S"}
+    assert dpo(row).prompt == [{"role": "system", "content": "S"}, U]
+
+
+def test_tools_as_text_and_as_nothing() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+    for given in (tools, json.dumps(tools), [json.dumps(tools[0])]):
+        assert sft({"messages": [U, A], "tools": given}).tools == tools
+    for given in (None, [], "", "[]"):
+        assert sft({"messages": [U, A], "tools": given}).tools is None
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": []}, "empty_messages"),
+        ({"messages": "Hi"}, "bad_messages"),
+        ({"messages": [U, "Hello."]}, "bad_messages"),
+        ({"messages": [U, {"role": "bot", "content": "x"}]}, "bad_role"),
+        ({"messages": [U, {"role": "assistant"}]}, "no_content"),
+        ({"messages": [U, {"role": "assistant", "content": 3}]}, "bad_content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}, A]}, "bad_content"),
+        ({"messages": [U, {"role": "assistant", "content": " \n"}]}, "empty_answer"),
+        ({"messages": [{"role": "user", "content": ""}, A]}, "empty_message"),
+        ({"messages": [U, {**A, "weight": -1}]}, "bad_weight"),
+        ({"messages": [U, {**A, "weight": True}]}, "bad_weight"),
+        ({"messages": [U, {**A, "train": 1}]}, "bad_weight"),
+        ({"messages": [U, {**A, "reasoning_content": 3}]}, "bad_content"),
+        ({"messages": [U, {"role": "system", "content": "S"}, A]}, "bad_order"),
+        ({"messages": [A, U, A]}, "bad_order"),
+        ({"messages": [{"role": "system", "content": "S"}, A]}, "bad_order"),
+        ({"messages": [{"role": "system", "content": "S"}]}, "bad_order"),
+        ({"messages": [U, RESULT, A]}, "bad_order"),
+        ({"messages": [U, A, RESULT, A]}, "bad_order"),
+        ({"messages": [U, CALLING, U, RESULT, A]}, "bad_order"),
+        ({"messages": [SYSTEM, U, A], "system": "T"}, "bad_order"),
+        ({"messages": [U, U]}, "no_assistant"),
+        ({"messages": [{**U, "tool_calls": [CALL]}, A]}, "bad_tool_call"),
+        ({"messages": [U, {**A, "tool_calls": "f()"}]}, "bad_tool_call"),
+        ({"messages": [U, {**A, "tool_calls": [{"arguments": {}}]}]}, "bad_tool_call"),
+        ({"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "bad_tool_call"),
+        ({"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": [1]}]}]}, "bad_tool_call"),
+        ({"messages": [U, A], "tools": "{"}, "bad_tools"),
+        ({"messages": [U, A], "tools": {"name": "f"}}, "bad_tools"),
+        ({"messages": [U, A], "tools": [3]}, "bad_tools"),
+        ({"conversations": sharegpt(("human", "Hi"), ("narrator", "x"))}, "bad_role"),
+        ({"conversations": sharegpt(("human", "Hi"), ("function_call", "f(1)"))}, "bad_tool_call"),
+        ({"conversations": sharegpt(("human", "Hi"), ("gpt", None))}, "no_content"),
+        ({"instruction": "Hi", "output": ""}, "empty_answer"),
+        ({"instruction": "", "input": " ", "output": "x"}, "empty_message"),
+        ({"instruction": "Hi", "output": "x", "history": [["a"]]}, "bad_messages"),
+        ({"text": "Hi"}, "unknown_format"),
+        ([1], "bad_json"),
+    ],
+)
+def test_bad_sft_rows(row: Any, reason: str) -> None:
+    with pytest.raises(RowError) as caught:
+        sft(row)
+    assert caught.value.reason == reason and not caught.value.drop
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Hi", "chosen": "", "rejected": "No."}, "empty_answer"),
+        ({"prompt": "Hi", "chosen": [], "rejected": "No."}, "empty_messages"),
+        ({"prompt": [U], "chosen": [A, U, A], "rejected": [A]}, "bad_answer"),
+        ({"prompt": [U, A], "chosen": [A], "rejected": [A]}, "bad_order"),
+        ({"prompt": [A], "chosen": [A], "rejected": [A]}, "bad_order"),
+        ({"prompt": "Hi", "chosen": [{**A, "weight": 2}], "rejected": [A]}, "bad_weight"),
+        ({"chosen": [U, A], "rejected": [{**U, "content": "Ho"}, A]}, "prompt_mismatch"),
+        ({"chosen": [U, A, U, A], "rejected": [U, A]}, "prompt_mismatch"),
+        ({"prompt": "Other", "chosen": [U, A], "rejected": [U, A]}, "prompt_mismatch"),
+        ({"chosen": [U, A], "rejected": [U]}, "bad_answer"),
+        ({"chosen": [A], "rejected": [A]}, "no_prompt"),
+        ({"prompt": "Hi", "completion": "Hello."}, "unknown_format"),
+    ],
+)
+def test_bad_dpo_rows(row: Any, reason: str) -> None:
+    with pytest.raises(RowError) as caught:
+        dpo(row)
+    assert caught.value.reason == reason
+
+
+def test_unknown_format_names_keys_and_formats() -> None:
+    with pytest.raises(RowError, match=r"the keys question, text; known: messages \(messages\), sharegpt"):
+        sft({"text": "x", "question": "y"})
+    with pytest.raises(ValueError, match=r"data\.format: 'preference' is no format of sft rows"):
+        formats.check_format("preference", "sft")
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": NaN}', "", '{"a": 1} x', "[" * 100_000])
+def test_malformed_json(text: str) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_row(text, "sft")
+    assert caught.value.reason == "bad_json" and len(str(caught.value)) < 300
+
+
+def test_paths() -> None:
+    assert resolve_paths("a.jsonl") == [Source("a.jsonl", 1.0)]
+    assert resolve_paths(["a.jsonl", {"b.json": 0.5, "c.json": 2}]) == [
+        Source("a.jsonl", 1.0),
+        Source("b.json", 0.5),
+        Source("c.json", 2.0),
+    ]
+    bad: list[Any] = [
+        "",
+        [],
+        None,
+        [""],
+        [{"a": 0}],
+        [{"a": -1}],
+        [{"a": float("nan")}],
+        [{"a": True}],
+        ["a", {"a": 2.0}],
+        [3],
+    ]
+    for paths in bad:
+        with pytest.raises(ValueError, match=r"^data\.train: "):
+            resolve_paths(paths)
+
+
+def places_and_rows(path: Any) -> list[tuple[str, Any]]:
+    return [(row.place.removeprefix(str(path)), json.loads(row.text)) for row in read_rows(0, str(path))]
+
+
+def test_lines_keep_their_numbers(tmp_path: Any) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"n": 1}\n\n  \n{"n": "\xe2\x80\xa8"}\r\n{"n": 3}')
+    assert places_and_rows(file) == [(":1", {"n": 1}), (":4", {"n": "\u2028"}), (":5", {"n": 3})]
+    file.write_bytes(b'{"n": 1}\n{"n": "\xff"}\n{"n": 3}\n')
+    rows = list(read_rows(0, str(file)))
+    assert [row.error and row.error[0] for row in rows] == [None, "bad_encoding", None]
+
+
+def test_json_lists_lines_and_single_objects(tmp_path: Any) -> None:
+    file = tmp_path / "a.json"
+    rows = [{"n": None, "m": {"x": None}}, {"n": 2}]
+    file.write_text(json.dumps(rows, indent=2))
+    assert places_and_rows(file) == [(": row 0", rows[0]), (": row 1", rows[1])]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert places_and_rows(file) == [(":1", rows[0]), (":2", rows[1])]
+    file.write_text(json.dumps(rows[0], indent=2))
+    assert places_and_rows(file) == [(": row 0", rows[0])]
+    file.write_text('[{"n": 1},\n {"n": }]')
+    with pytest.raises(ValueError, match=r"a\.json:2: malformed JSON"):
+        list(read_rows(0, str(file)))
+
+
+def test_arrow_nulls_are_removed_and_own_nulls_are_not(tmp_path: Any) -> None:
+    rows = [
+        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}]},
+        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"name": "g", "arguments": {"y": "a"}}]}]},
+    ]
+    table = datasets.Dataset.from_list(rows)
+    arguments = [row["messages"][1]["tool_calls"][0]["arguments"] for row in table]
+    assert arguments == [{"x": 1, "y": None}, {"x": None, "y": "a"}]  # what Arrow makes of it: the negative control
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "folder"))
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "splits"))
+    for name in ("a.parquet", "folder", "splits"):
+        assert [row for _, row in places_and_rows(tmp_path / name)] == rows
+    own = {"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": {"x": None, "y": [None, {}]}}]}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(own))
+    ((_, row),) = places_and_rows(tmp_path / "a.jsonl")
+    call = sft(row).messages[1]["tool_calls"][0]
+    assert call["function"]["arguments"] == {"x": None, "y": [None, {}]}
+
+
+def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"messages": [U, A]}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(list(read_rows(0, "org/set"))) == 1
+    assert len(list(read_rows(0, "org/set:test_sft"))) == 1
+    assert asked == [("org/set", "train"), ("org/set", "test_sft")]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing/file.json", "./nothing", "/no/where"])
+def test_missing_files_are_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        list(read_rows(0, name))
+
+
+def test_unreadable_sources(tmp_path: Any) -> None:
+    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.parquet").write_text("no parquet")
+    (tmp_path / "empty").mkdir()
+    datasets.DatasetDict(
+        {"a": datasets.Dataset.from_dict({"n": [1]}), "b": datasets.Dataset.from_dict({"n": [1]})}
+    ).save_to_disk(str(tmp_path / "splits"))
+    for name, problem in (
+        ("a.csv", "unknown suffix"),
+        ("a.parquet", "not a readable Parquet file"),
+        ("empty", "holds no"),
+        ("splits", "holds the splits a, b"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            list(read_rows(0, str(tmp_path / name)))
