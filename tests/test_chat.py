@@ -524,7 +524,7 @@ def test_pairs_are_trimmed_alike() -> None:
     trimmed = template().encode_preference(
         Preference(prompt, short, long), ChatOptions(max_length=100, too_long="trim_turns")
     )
-    assert trimmed.notes == {**tail.notes, "turns_trimmed": 1}
+    assert trimmed.notes == {**tail.notes, "turns_trimmed": 1, "rows_trimmed": 1}
     assert (trimmed.prompt_ids, trimmed.chosen_ids, trimmed.rejected_ids) == (
         tail.prompt_ids,
         tail.chosen_ids,

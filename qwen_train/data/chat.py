@@ -114,7 +114,10 @@ Encoded = TypeVar("Encoded", EncodedConversation, EncodedPreference)
 
 @dataclass
 class _Rendering:
-    """One rendered text, and for escaped rows the literal text that each private-use character stands for."""
+    """One rendered text, and for escaped rows the literal text that each private-use character stands for.
+
+    `max_turns`: one a message, one for a default system prompt or tool list, one for a generation header.
+    """
 
     text: str
     messages: list[Message]
@@ -313,7 +316,7 @@ class Template:
         return results
 
     def _check_own(self, ids: np.ndarray, rendering: _Rendering) -> None:
-        """Every control id is the template's own: as many as it wrote, and hardly more turns than messages."""
+        """Every control id is the template's own: as many as it wrote, and at most `max_turns` turns."""
         written = len(self._control.findall(rendering.text))
         if int(self._is_control[ids].sum()) != written:
             raise RowError("control_token", "text around the template's control tokens turned into a control token")
@@ -515,7 +518,7 @@ def _fitted(
                 return candidate
             if candidate.longest <= options.max_length:
                 fitting, high = candidate, middle - 1
-                fitting.notes["turns_trimmed"] = middle + 1
+                fitting.notes.update(turns_trimmed=middle + 1, rows_trimmed=1)
             else:
                 low = middle + 1
         if fitting is not None:

@@ -16,6 +16,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -664,6 +665,22 @@ def _bars_on_terminals_only() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+@contextmanager
+def _one_tokenizer_thread_a_process(processes: int) -> Iterator[None]:
+    """Forked workers must not use the tokenizer's thread pool: it does not survive the fork, and warns."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    if processes > 1:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
 def build_table(
     rows: Callable[[], Iterator[dict[str, Any]]],
     row_columns: dict[str, TableColumn],
@@ -686,18 +703,19 @@ def build_table(
         except datasets.exceptions.DatasetGenerationError as error:
             raise (error.__cause__ or error) from None  # what `rows` itself raised
         processes = min(workers, len(raw) // rows_per_worker)
-        return raw.map(
-            judge,
-            batched=True,
-            batch_size=batch_size,
-            num_proc=processes if processes > 1 else None,
-            remove_columns=list(row_columns),
-            features=_features(out_columns),
-            load_from_cache_file=False,
-            cache_file_name=str(folder / "judged.arrow"),
-            new_fingerprint="judged",
-            desc="tokenize",
-        )
+        with _one_tokenizer_thread_a_process(processes):
+            return raw.map(
+                judge,
+                batched=True,
+                batch_size=batch_size,
+                num_proc=processes if processes > 1 else None,
+                remove_columns=list(row_columns),
+                features=_features(out_columns),
+                load_from_cache_file=False,
+                cache_file_name=str(folder / "judged.arrow"),
+                new_fingerprint="judged",
+                desc="tokenize",
+            )
 
 
 def save_table(table: Any, keep: list[int], columns: list[str], folder: Path) -> None:
