@@ -17,7 +17,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import ModelConfig, SFTConfig
@@ -31,6 +38,7 @@ from qwen_train.model.adapters import (
 )
 from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
 from qwen_train.model.logprobs import TokenScores, token_logprobs
+from qwen_train.model.lora import fuse_lora
 from qwen_train.model.memory import checkpoint_layers
 
 if TYPE_CHECKING:
@@ -59,7 +67,13 @@ class PackedLM(nn.Module):
     """
 
     def __init__(
-        self, lm: PreTrainedModel | PeftModel, attention: str, head_chunk: int, end_token: int, pad_token: int
+        self,
+        lm: PreTrainedModel | PeftModel,
+        attention: str,
+        head_chunk: int,
+        end_token: int,
+        pad_token: int,
+        compiled_head: bool = False,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -67,6 +81,7 @@ class PackedLM(nn.Module):
         self.head_chunk = head_chunk
         self.end_token = end_token
         self.pad_token = pad_token
+        self.compiled_head = compiled_head
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -88,7 +103,7 @@ class PackedLM(nn.Module):
         ).last_hidden_state[0]
         hidden = hidden.index_select(0, batch.target_positions)
         return token_logprobs(
-            hidden, lm.lm_head.weight, batch.targets, self.head_chunk, keep_graph=torch.is_grad_enabled()
+            hidden, lm.lm_head.weight, batch.targets, self.head_chunk, torch.is_grad_enabled(), self.compiled_head
         )
 
     def _lora_layers(self) -> Iterator[LoraLayer]:
@@ -234,12 +249,13 @@ def load_model(
     base: Path,
     is_main: bool = True,
     frozen_copy: bool = False,
+    sharded: bool = False,
 ) -> PackedLM:
     """The model of a run on `device`: weights, adapter, attention, compilation, checkpointing.
 
     `base` is the run's own folder for the weights of a `from_scratch` run: read if it is there, else, when an adapter
     is trained, written by the main process. `frozen_copy` keeps the adapter that training continues a second time, as
-    the reference. Raises ValueError for what the user can mend.
+    the reference. `sharded`: FSDP2 will shard the weights one by one. Raises ValueError for what the user can mend.
     """
     model_config = load_model_config(config.model)
     end, pad = special_tokens(tokenizer, model_config.model_type)
@@ -250,18 +266,22 @@ def load_model(
         check_base(config.model.adapter, config.model.path, config.model.revision)
         if config.model.adapter_start == "merge":
             lm = merge_adapter(lm, config.model.adapter)
+    if config.model.quantization == "nf4" and not getattr(lm, "is_loaded_in_4bit", False):
+        quantize_nf4(lm)
     adapted = _with_adapter(lm, config)
     if frozen_copy:
         assert isinstance(adapted, PeftModel) and config.model.adapter is not None
         add_reference_adapter(adapted, config.model.adapter)
-    model = PackedLM(adapted, attention, config.model.head_chunk, end, pad)
+    compiled_head = config.model.compile and device.type == "cuda"
+    model = PackedLM(adapted, attention, config.model.head_chunk, end, pad, compiled_head)
     model.causal_lm.set_attn_implementation(ATTENTION)
     model.causal_lm.config.use_cache = False
 
-    layers = model.causal_lm.model.layers
+    layers = list(model.causal_lm.model.layers)
+    if config.lora.enabled:
+        fuse_lora(layers, fp8=config.model.quantization == "fp8", share_storage=not sharded)
     if config.model.compile:
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward)
+        compile_layers(layers)
     count = config.model.checkpoint_layers
     assert count != "auto", "resolve_auto comes before load_model"
     checkpoint_layers(layers, count, dropout=config.lora.enabled and config.lora.dropout > 0)
@@ -293,12 +313,75 @@ def _base_model(
             attn_implementation="sdpa",
             device_map={"": device},
             trust_remote_code=config.model.trust_remote_code,
+            quantization_config=_nf4_config(config),
         )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.path: cannot read weights from {path}: {_first_line(error)}; check the path, or set "
             "model.from_scratch for random weights"
         ) from None
+
+
+def _nf4_config(config: SFTConfig) -> BitsAndBytesConfig | None:
+    """How transformers quantises while it loads; a merge start is quantised after the merge, by `quantize_nf4`."""
+    merging = config.model.adapter is not None and config.model.adapter_start == "merge"
+    if config.model.quantization != "nf4" or merging:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def quantize_nf4(lm: PreTrainedModel) -> None:
+    """Quantise the decoder's linear layers in place, one at a time; head, embeddings and norms stay as they are."""
+    import bitsandbytes as bnb  # costs seconds, and only this mode needs it
+
+    for layer in lm.model.layers:
+        for name, linear in list(layer.named_modules()):
+            if isinstance(linear, nn.Linear):
+                new = bnb.nn.Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    compute_dtype=torch.bfloat16,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                    device="meta",
+                )
+                weight = bnb.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
+                new.weight = weight.to(linear.weight.device)  # type: ignore[misc]  # quantises
+                new.bias = linear.bias
+                layer.set_submodule(name, new)
+    lm.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT asks
+
+
+def compile_layers(layers: Sequence[nn.Module]) -> None:
+    """Compile the decoder layers: one compilation serves them all, for any number of tokens.
+
+    Token, sequence and key counts are marked dynamic from the start; otherwise the first two micro-batches would each
+    compile everything, and every further length until then too.
+    """
+    for layer in layers:
+        layer.forward = _with_dynamic_lengths(torch.compile(layer.forward))
+
+
+def _with_dynamic_lengths(forward: Any) -> Any:
+    def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mark = torch._dynamo.maybe_mark_dynamic
+        mark(hidden_states, 1)
+        for value in kwargs.values():
+            if isinstance(value, Tensor):
+                mark(value, value.ndim - 1)  # position_ids [1, T], cu_seqlens [N + 1], kv_index [K]
+        for table in kwargs["position_embeddings"]:  # cos and sin [1, T, E]
+            mark(table, 1)
+        return forward(hidden_states, *args, **kwargs)
+
+    return call
 
 
 def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
