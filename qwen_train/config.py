@@ -130,6 +130,8 @@ class DataConfig:
     `path: weight` shows that source's rows `weight` times an epoch."""
     eval: DataPaths | None = None
     """Held-out rows, as `train`."""
+    eval_sft: DataPaths | None = None
+    """DPO: held-out conversations whose loss and right answers are measured beside the pairs, as a guard of skills."""
     format: str = "auto"
     """Row format (messages, prompt_completion, alpaca, sharegpt ...); auto looks at the row's keys."""
     max_length: int = 4096
@@ -377,6 +379,8 @@ def _idle_fields(config: SFTConfig) -> dict[str, str]:
         idle |= dict.fromkeys([f"run.{name}" for name in names], "data.eval names no held-out data")
     elif config.run.eval_samples == 0:
         idle["run.eval_sample_tokens"] = "run.eval_samples is 0"
+    if not config.data.eval or not isinstance(config, DPOConfig):
+        idle["data.eval_sft"] = "it goes with DPO's data.eval"
     if isinstance(config, DPOConfig):
         loss = LOSSES[config.loss.name]
         idle |= {f"loss.{name}": f"loss {config.loss.name} does not use it" for name in config.loss.unused}
@@ -472,7 +476,8 @@ def _from_repository(config: Config) -> Config:
         return value
 
     model = dataclasses.replace(config.model, path=absolute(config.model.path))
-    data = dataclasses.replace(config.data, train=absolute(config.data.train), eval=absolute(config.data.eval))
+    paths = {name: absolute(getattr(config.data, name)) for name in ("train", "eval", "eval_sft")}
+    data = dataclasses.replace(config.data, **paths)
     return dataclasses.replace(config, model=model, data=data)
 
 

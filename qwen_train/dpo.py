@@ -7,32 +7,54 @@ import numpy as np
 import torch
 
 from qwen_train.config import DPOConfig
-from qwen_train.data.chat import ChatOptions
-from qwen_train.data.stream import Stream, collate_preferences, packed_lengths, prefetch
-from qwen_train.data.tokenize import tokenize_preferences
+from qwen_train.data.chat import ChatOptions, Template
+from qwen_train.data.stream import Stream, collate_conversations, collate_preferences, packed_lengths, prefetch
+from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
 from qwen_train.loss.preference import preference_loss
+from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_tokenizer, num_trainable
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Interrupted, Run
-from qwen_train.train.evaluate import evaluate_dpo, hold_out_pairs, pair_sums, preference_metrics, sample_both
+from qwen_train.train.evaluate import (
+    HOW_TO_READ,
+    change_since_start,
+    evaluate_dpo,
+    evaluate_sft,
+    hold_out,
+    hold_out_pairs,
+    pair_sums,
+    preference_metrics,
+    sample_answers,
+    sample_reference,
+    side_by_side,
+    under,
+)
 from qwen_train.train.folder import due, open_run, restore, save
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
-from qwen_train.train.reference import Reference, score_pairs
+from qwen_train.train.reference import (
+    Reference,
+    audit_start,
+    check_reference,
+    prove_reference,
+    reference_source,
+    score_pairs,
+)
 
 
 def train(config: DPOConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
+    config, notes = resolve_start(config)
+    tokenizer = load_tokenizer(config.model)
+    check_reference(config, tokenizer)
     folder = run.from_main(lambda: open_run(config))
-    run.note(*folder.notes)
+    run.note(*notes, *folder.notes)
     if folder.finished:
         run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
         return
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    tokenizer = load_tokenizer(config.model)
-    share_prompt = config.reference.share_prompt
     tokenize = functools.partial(
         tokenize_preferences,
         tokenizer=tokenizer,
@@ -43,17 +65,23 @@ def train(config: DPOConfig, run: Run) -> None:
     )
     data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
     run.note(f"data.train: {data.report.summary()}")
-    lengths = packed_lengths(data.dataset, share_prompt)
+    lengths = packed_lengths(data.dataset, config.reference.share_prompt)
+    collate = collate_preferences(data.dataset, config.reference.share_prompt)
     config = resolve_auto(config, run.device, longest=int(lengths.max()))
-    held_out = None
+    held_out = skills = None
     if config.data.eval:
         eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
         run.note(f"data.eval: {eval_data.report.summary()}")
         held_out = hold_out_pairs(eval_data, config)
+    if held_out and config.data.eval_sft:
+        tokenize_sft = functools.partial(tokenize_conversations, **tokenize.keywords | {"format": "auto"})
+        sft_data = run.main_first(functools.partial(tokenize_sft, config.data.eval_sft, name="data.eval_sft"))
+        run.note(f"data.eval_sft: {sft_data.report.summary()}")
+        skills = hold_out(sft_data, collate_conversations(sft_data.dataset), Template(tokenizer), config)
     stream = Stream(
         lengths=lengths,
         total_weights=np.ones(len(data)),  # a pair counts as one
-        collate=collate_preferences(data.dataset, share_prompt),
+        collate=collate,
         sequences_per_step=config.batch.sequences_per_step,
         tokens_per_microbatch=microbatch_tokens(config),
         seed=config.run.seed,
@@ -66,18 +94,29 @@ def train(config: DPOConfig, run: Run) -> None:
     )
     total_steps = config.run.steps or stream.num_steps(config.run.epochs or 1)
 
-    # -- model and optimizer, fresh or from a checkpoint; the reference -----------------------------------------------
-    model = load_model(config, tokenizer, run.device, folder.base, run.is_main)
-    reference = Reference(config, model)
+    # -- model, reference and optimizer, fresh or from a checkpoint ---------------------------------------------------
+    frozen_copy = reference_source(config) == "start_adapter"
+    model = load_model(config, tokenizer, run.device, folder.base, run.is_main, frozen_copy)
+    reference = Reference(config, model, tokenizer, run, folder)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     model, optimizer = run.prepare(model, optimizer)
     progress = restore(folder, model, optimizer)
+    ref_logps = reference.of_data(run, data, collate, lengths)
+    if held_out:
+        eval_ref_logps = reference.of_data(run, eval_data, held_out.collate, held_out.lengths)
+        ref_answers = sample_reference(run, reference, held_out, tokenizer)
+    if reference.source:
+        if folder.checkpoint is None:
+            audit_start(run, model, reference, ref_logps, stream[0])
+        prove_reference(run, reference, collate, len(data), folder)
+    if config.reference.precompute:
+        reference.release()
     flops = functools.partial(
         flops_per_token,
         model.lm.config,
         lora_parameters=num_trainable(model),
         head_fraction=data.report.supervised_tokens / int(lengths.sum()),
-        reference_forward=reference.source is not None,
+        reference_forward=reference.source is not None and not config.reference.precompute,
     )
 
     with Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics:
@@ -86,24 +125,30 @@ def train(config: DPOConfig, run: Run) -> None:
         def evaluate() -> None:
             assert held_out is not None
             with throughput.paused():
-                values = evaluate_dpo(run, model, held_out, reference.logps, config.loss)
-                sampled, texts = sample_both(run, model, reference, held_out, tokenizer)
-            metrics.log(progress.step, values | sampled)
-            metrics.samples(progress.step, "eval/samples", texts)
+                values = evaluate_dpo(run, model, held_out, eval_ref_logps, config.loss)
+                values |= change_since_start(folder.path, values)
+                sampled, texts = sample_answers(run, model, held_out, tokenizer)
+                values |= sampled
+                if skills:
+                    values |= under("eval/sft", evaluate_sft(run, model, skills))
+                    values |= under("eval/sft", sample_answers(run, model, skills, tokenizer)[0])
+            metrics.log(progress.step, values)
+            metrics.samples(progress.step, "eval/samples", side_by_side(texts, ref_answers))
 
-        if held_out and progress.step == 0:
-            evaluate()
+        if progress.step == 0:
+            metrics.text(0, "how to read", HOW_TO_READ)
+            if held_out:
+                evaluate()
 
         # -- the loop -------------------------------------------------------------------------------------------------
-        model.train()
         steps = range(progress.step, total_steps)
         for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
             lr = learning_rate(config.optim, step, total_steps)
             set_learning_rate(optimizer, lr)
             sums = torch.zeros(18, dtype=torch.float64, device=run.device)
             for batch in run.accumulate(model, microbatches, step):
-                ref_logps = reference.logps(batch)
-                pairs = score_pairs(model(batch).logps, ref_logps, batch)
+                expected = ref_logps(batch)  # first: no activations are held yet
+                pairs = score_pairs(model(batch).logps, expected, batch)
                 losses = preference_loss(pairs, config.loss)
                 run.backward(losses.sum() / microbatches.total_weight * run.world_size)  # pairs of the global step
                 sums += pair_sums(pairs, losses, config.loss)

@@ -282,7 +282,7 @@ HARMLESS = frozenset(
     {
         "run.name", "run.dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep",
         "run.eval_samples", "run.eval_sample_tokens", "run.deterministic",
-        "data.eval", "data.workers", "data.cache_dir",
+        "data.eval", "data.eval_sft", "data.workers", "data.cache_dir",
         "batch.tokens_per_microbatch",
         "model.attention", "model.compile", "model.checkpoint_layers", "model.head_chunk", "model.trust_remote_code",
         "reference.precompute", "reference.share_prompt",

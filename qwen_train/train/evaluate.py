@@ -1,8 +1,10 @@
 """Held-out data: loss, accuracy, whether turns end by themselves, and greedy answers beside the expected ones."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,6 +115,8 @@ def sample_answers(
 
 # --- Pairs
 
+SIDES = ("chosen", "rejected")
+
 
 def hold_out_pairs(data: TokenDataset, config: DPOConfig) -> HeldOut:
     """Held-out pairs of `data`; the first `run.eval_samples` prompts are answered, the chosen answer is expected."""
@@ -181,23 +185,56 @@ def evaluate_dpo(
     return preference_metrics("eval", run.sum(sums))
 
 
-def sample_both(
-    run: Run, model: PackedLM, reference: Reference, held_out: HeldOut, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[dict[str, float], list[dict[str, str]]]:
-    """`sample_answers` of the policy, beside those of the reference, which are drawn once, since they stay the same."""
-    metrics, texts = sample_answers(run, model, held_out, tokenizer)
+def change_since_start(folder: Path, values: Mapping[str, float]) -> dict[str, float]:
+    """`eval/logps/chosen_change` and `rejected_change` without a reference: since the evaluation before the first step.
+
+    `values` are this evaluation's, `folder` is the run's; nothing where the reference told them already.
+    """
+    if "eval/logps/chosen_change" in values:
+        return {}
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    start = next((line for line in lines if "eval/logps/chosen" in line), values)
+    return {f"eval/logps/{name}_change": values[f"eval/logps/{name}"] - start[f"eval/logps/{name}"] for name in SIDES}
+
+
+def under(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """`eval/loss` as `eval/sft/loss`, with the prefix `eval/sft`."""
+    return {name.replace("eval", prefix, 1): value for name, value in values.items()}
+
+
+def sample_reference(
+    run: Run, reference: Reference, held_out: HeldOut, tokenizer: "PreTrainedTokenizerBase"
+) -> list[str] | None:
+    """The reference's greedy answers to the held-out prompts, the same at every step; None without a reference."""
     if reference.source is None:
-        return metrics, texts
-    if reference.answers is None:
-        with reference.active() as frozen:
-            reference.answers = [row["answer"] for row in sample_answers(run, frozen, held_out, tokenizer)[1]]
-    rows = zip(texts, reference.answers, strict=True)
-    return metrics, [
-        {
-            "prompt": text["prompt"],
-            "chosen": text["expected"],
-            "policy": text["answer"],
-            "reference": answer,
-        }
-        for text, answer in rows
-    ]
+        return None
+    with reference.active() as frozen:
+        _, texts = sample_answers(run, frozen, held_out, tokenizer)
+    return [text["answer"] for text in texts]
+
+
+def side_by_side(texts: list[dict[str, str]], references: list[str] | None) -> list[dict[str, str]]:
+    """What `sample_answers` gave for the policy with the reference's answers beside it."""
+    rows = [{"prompt": text["prompt"], "chosen": text["expected"], "policy": text["answer"]} for text in texts]
+    if references is None:
+        return rows
+    return [row | {"reference": answer} for row, answer in zip(rows, references, strict=True)]
+
+
+HOW_TO_READ = """
+Everything is a mean over pairs, exact over all GPUs; log-probabilities (nats) are sums over an answer's tokens.
+
+- **rewards/accuracies**: pairs whose chosen answer gained more than the rejected one, seen from the reference. 0 before
+  the first step (nothing has moved). **logps/accuracies**: pairs whose chosen answer is the likelier one; needs no
+  reference, and long answers have it harder.
+- **rewards/margins** grows while the model learns; on held-out pairs it levels off where learning ends. When
+  `train` grows on and `eval` falls: fewer epochs, a lower `optim.lr`, a larger `loss.beta`.
+- **logps/chosen_change**: what the chosen answers gained since the start. Far below 0 both answers are being unlearnt
+  (likelihood displacement), and the mass goes to answers nobody asked for: look at the samples; lower `optim.lr`, give
+  `loss.sft_weight`, or take `loss.name: apo_zero`.
+- **rewards/saturated**: pairs with a margin over 4.6, whose gradient is under 1 % of its largest: near 1 the data
+  teaches nothing more.
+- **rewards/length_correlation**: of the margin with the difference in length. Near 1 (-1) what is learnt may be "longer
+  (shorter) is better": compare the samples' lengths, take `loss.name: sigmoid_norm`, or pairs of like length.
+- **eval/sft/**: the skills of before, on conversations of `data.eval_sft`; they should not fall.
+"""

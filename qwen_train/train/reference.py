@@ -1,23 +1,50 @@
-"""The reference of the preference losses: log-probabilities of the frozen start, online or looked up.
+"""The reference of the preference losses: log-probabilities of the frozen start, online or looked up, and its proofs.
 
-Letters: N sequences of a batch (two a pair: 2i is chosen, 2i + 1 rejected).
+Online, the reference scores each micro-batch as the policy sees it: the model with its adapter off (`adapter_off`),
+with a frozen copy of the adapter that training continues (`start_adapter`), or another model (`model`).
+Precomputed, every pair is scored once; the sums lie in data.cache_dir under a fingerprint of all that decides them.
+
+Letters: S supervised tokens, N sequences of a batch (two a pair: 2i is chosen, 2i + 1 rejected), R rows of a data set.
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_train.config import DPOConfig
+from qwen_train.config import DPOConfig, config_hash
 from qwen_train.data.packing import Batch
+from qwen_train.data.stream import Collate, MicroBatches, eval_batches
+from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import LOSSES, Pairs
-from qwen_train.model.load import PackedLM
+from qwen_train.model.adapters import adapter_sha256, tensor_digest
+from qwen_train.model.load import PackedLM, load_model, load_tokenizer
+from qwen_train.model.memory import microbatch_tokens
+from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.files import replacing_folder, write_file, write_json_atomic, write_tensors
+from qwen_train.train.folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qwen_train.data.packing import IntArray
 
 Source = Literal["adapter_off", "start_adapter", "model"]
 RefLogps = Callable[[Batch], Tensor | None]
 """Batch -> summed log-probability of each sequence under the reference, float64 [N]; None: the loss has none."""
+
+TOLERANCE = {"float32": (1e-5, 1e-5), "bfloat16": (1e-2, 1e-3)}
+"""Nats a token by which the same model may differ from itself: mean of |difference|, |mean of difference|."""
+PROBE_ROWS = 4
+PROBE = "reference.json"
 
 
 def sequence_sums(values: Tensor, batch: Batch) -> Tensor:
@@ -32,24 +59,45 @@ def score_pairs(logps: Tensor, ref_logps: Tensor | None, batch: Batch) -> Pairs:
 
 
 def reference_source(config: DPOConfig) -> Source | None:
-    """Where the reference comes from; None for a loss without one. `auto` is what equals the policy at step 0."""
+    """Where the reference comes from; None for a loss without one. `auto` is what equals the policy at step 0.
+
+    Raises ValueError for a source that the start of training cannot give.
+    """
     if not LOSSES[config.loss.name].needs_reference:
         return None
-    if config.reference.source != "auto":
-        return config.reference.source
-    if not config.lora.enabled:
-        return "model"
-    continues = config.model.adapter is not None and config.model.adapter_start == "continue"
-    return "start_adapter" if continues else "adapter_off"
+    source = config.reference.source
+    continues = config.lora.enabled and config.model.adapter is not None and config.model.adapter_start == "continue"
+    if source == "auto":
+        return "model" if not config.lora.enabled else "start_adapter" if continues else "adapter_off"
+    if source == "adapter_off" and not config.lora.enabled:
+        raise ValueError(
+            "reference.source: adapter_off needs an adapter to switch off, got lora.enabled false; use auto, which "
+            "keeps a second copy of the start"
+        )
+    if source == "start_adapter" and not continues:
+        raise ValueError(
+            "reference.source: start_adapter is for training that continues an adapter, got "
+            f"model.adapter {config.model.adapter} with adapter_start {config.model.adapter_start}; use auto"
+        )
+    return source
 
 
 class Reference:
     """The frozen model that the policy is compared with, in evaluation mode and without gradient."""
 
-    def __init__(self, config: DPOConfig, model: PackedLM) -> None:
+    def __init__(
+        self, config: DPOConfig, policy: PackedLM, tokenizer: "PreTrainedTokenizerBase", run: Run, folder: RunFolder
+    ) -> None:
+        """For source `model` this loads the second model; before `run.prepare`, as the weights are hashed whole."""
+        self.config = config
         self.source = reference_source(config)
-        self.model = model
-        self.answers: list[str] | None = None  # samples, drawn once
+        self.device = run.device
+        self.model: PackedLM = policy
+        if self.source == "model":
+            self.model = _second_model(config, tokenizer, run, folder)
+        self.weights = ""
+        if self.source is not None and config.reference.precompute:
+            self.weights = run.from_main(self._weights_digest)
 
     @contextmanager
     def active(self) -> Iterator[PackedLM]:
@@ -70,3 +118,260 @@ class Reference:
             return None
         with self.active() as model:
             return sequence_sums(model(batch).logps, batch)
+
+    def of_data(self, run: Run, data: TokenDataset, collate: Collate, lengths: "IntArray") -> RefLogps:
+        """The reference of one data set: `logps` itself, or with `reference.precompute` a table that knows every row.
+
+        The table comes from the cache if there is one of this fingerprint that is whole and agrees, on a few rows, with
+        what the reference says now; otherwise it is scored, each rank its share, and written.
+        """
+        if self.source is None or not self.config.reference.precompute:
+            return self.logps
+        parts = {
+            "source": self.source,
+            "weights": self.weights,
+            "adapter": adapter_sha256(self.config.model.adapter or "") if self.source == "start_adapter" else None,
+            "data": data.fingerprint,  # files, template, tokenizer, length policy
+            "dtype": self.config.model.dtype,
+            "quantization": self.config.model.quantization,
+            "version": importlib.metadata.version("transformers"),
+        }
+        cache = Path(self.config.data.cache_dir).expanduser() / "reference" / config_hash(parts)
+        table, problem = run.from_main(lambda: _read_table(cache, len(data)))
+        if table is not None:
+            rows = probe_rows(len(data))
+            stored, now = table[rows], self._score_rows(rows, collate)
+            problem = run.from_main(lambda: self._problem(stored, now, rows, collate))
+        if table is None or problem is not None:
+            if problem is not None:
+                run.note(f"reference: {cache} is not used, {problem}; all pairs are scored anew")
+            table = self._score_all(run, collate, lengths)
+            run.from_main(lambda: _write_table(cache, table, parts))
+            run.note(f"reference: {len(data):,} pairs scored, kept in {cache}")
+        else:
+            run.note(f"reference: {len(data):,} pairs from {cache}")
+        known = table.to(self.device)
+
+        def look_up(batch: Batch) -> Tensor:
+            return known[torch.tensor(batch.rows, dtype=torch.int64, device=known.device)].flatten()
+
+        return look_up
+
+    def release(self) -> None:
+        """Let go of a second model whose log-probs are all known; nothing may be asked of the reference any more."""
+        del self.model
+
+    def _problem(self, expected: Tensor, found: Tensor, rows: Sequence[int], collate: Collate) -> str | None:
+        """How log-probabilities [len(rows), 2] of the answers of rows differ, if by more than the tolerance."""
+        tokens = sum(len(collate([row]).targets) for row in rows)
+        difference = found.double().cpu() - expected.double().cpu()
+        absolute, signed = float(difference.abs().sum()) / tokens, float(difference.sum()) / tokens
+        return _beyond_tolerance(absolute, signed, self.config.model.dtype)
+
+    def _score_rows(self, rows: Sequence[int], collate: Collate) -> Tensor:
+        """Log-probabilities [len(rows), 2], each pair in a micro-batch of its own."""
+        scored = [self.logps(collate([row]).to(self.device)) for row in rows]
+        return torch.stack([logps for logps in scored if logps is not None]).cpu()
+
+    def _score_all(self, run: Run, collate: Collate, lengths: "IntArray") -> Tensor:
+        """Log-probabilities [R, 2] of every row; the ranks' shares are joined by row."""
+        mine: dict[int, list[float]] = {}
+        budget = max(microbatch_tokens(self.config), int(lengths.max()))
+        for batch in eval_batches(
+            lengths=lengths, collate=collate, tokens_per_microbatch=budget, rank=run.rank, world_size=run.world_size
+        ):
+            logps = self.logps(batch.to(run.device))
+            assert logps is not None
+            mine.update(zip(batch.rows, logps.view(-1, 2).tolist(), strict=True))
+            if run.should_stop():
+                raise Interrupted("stopped while the reference was scored; start again")
+        by_row = {row: values for share in run.gather(mine) for row, values in share.items()}
+        assert len(by_row) == len(lengths), "every row is scored once"
+        return torch.tensor([by_row[row] for row in range(len(lengths))], dtype=torch.float64)
+
+    def _weights_digest(self) -> str:
+        """Hash of every frozen weight of the reference."""
+        named = {name: parameter for name, parameter in self.model.lm.named_parameters() if not parameter.requires_grad}
+        return tensor_digest(named | {name: buffer for name, buffer in self.model.lm.named_buffers()})
+
+
+def check_reference(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse (ValueError), before any model loads, a source that cannot be or a reference of another vocabulary."""
+    if reference_source(config) == "model" and config.reference.path is not None:
+        other = _reference_tokenizer(config)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"reference.path: {config.reference.path} has another vocabulary than {config.model.path} "
+                f"({len(other)} and {len(tokenizer)} tokens), so its log-probs mean other texts; give a model of the "
+                "same tokenizer"
+            )
+
+
+def _reference_tokenizer(config: DPOConfig) -> "PreTrainedTokenizerBase":
+    assert config.reference.path is not None
+    model = dataclasses.replace(config.model, path=config.reference.path, revision=None, adapter=None)
+    try:
+        return load_tokenizer(model)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path:", "reference.path:")) from None
+
+
+def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: Run, folder: RunFolder) -> PackedLM:
+    """`reference.path`, or without one a second copy of what training starts from; frozen."""
+    model = config.model
+    if config.reference.path is not None:
+        model = dataclasses.replace(
+            model, path=config.reference.path, revision=None, adapter=None, from_scratch=False, quantization="none"
+        )
+    lora = dataclasses.replace(config.lora, enabled=False)
+    reference = load_model(
+        dataclasses.replace(config, model=model, lora=lora), tokenizer, run.device, folder.base, run.is_main
+    )
+    reference.requires_grad_(False)
+    return reference.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def _read_table(cache: Path, num_rows: int) -> tuple[Tensor | None, str | None]:
+    """The table [R, 2] of a cache folder; None with a reason if it is not whole, None alone if there is none."""
+    if not cache.exists():
+        return None, None
+    try:
+        expected = json.loads((cache / "manifest.json").read_text())["sha256"]
+        with open(cache / "logps.safetensors", "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"it is damaged ({error})"
+    if found != expected:
+        return None, "it is damaged (logps.safetensors is not as it was written)"
+    table = load_file(cache / "logps.safetensors")["logps"]
+    if table.shape != (num_rows, 2):
+        return None, f"it holds {len(table)} rows and the data {num_rows}"
+    return table, None
+
+
+def _write_table(cache: Path, table: Tensor, parts: dict[str, str | None]) -> None:
+    try:
+        with replacing_folder(cache) as temporary:
+            entry = write_tensors(temporary / "logps.safetensors", {"logps": table})
+            write_file(temporary / "manifest.json", [json.dumps({**entry, "parts": parts}, indent=1).encode()])
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir: the reference's log-probs cannot be written to {cache} ({error.strerror}); free space, "
+            "set data.cache_dir, or leave out reference.precompute"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proofs: policy = reference at step 0, and the same reference after a resume
+
+
+def _beyond_tolerance(absolute: float, signed: float, dtype: str) -> str | None:
+    """What is wrong with a mean absolute and a mean signed difference, nats a token; None if nothing."""
+    most, most_signed = TOLERANCE[dtype]
+    if absolute <= most and abs(signed) <= most_signed:  # not so for nan
+        return None
+    return f"by {absolute:.1e} nats a token (mean {signed:+.1e}; at most {most:.0e} and {most_signed:.0e} in {dtype})"
+
+
+def probe_rows(num_rows: int) -> list[int]:
+    """A few rows, evenly spread."""
+    return sorted({index * (num_rows - 1) // max(1, PROBE_ROWS - 1) for index in range(PROBE_ROWS)})
+
+
+def audit_start(
+    run: Run, policy: PackedLM, reference: Reference, ref_logps: RefLogps, microbatches: MicroBatches
+) -> None:
+    """Prove on this rank's first micro-batches that the policy, before its first update, equals the reference.
+
+    Otherwise every reward is off from the start. Raises ValueError with the cause it found, on all ranks alike.
+    """
+    batches = [batch.to(run.device) for batch in microbatches.batches[:2]]
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
+    for batch in batches:
+        expected = ref_logps(batch)
+        assert expected is not None
+        difference = _policy_logps(policy, batch) - expected
+        sums += torch.stack([difference.abs().sum(), difference.sum(), sums.new_tensor(len(batch.targets))])
+    absolute, signed, tokens = run.sum(sums)
+    absolute, signed = absolute / max(tokens, 1), signed / max(tokens, 1)
+    problem = _beyond_tolerance(absolute, signed, reference.config.model.dtype)
+    if problem is not None:
+        raise ValueError(
+            f"reference.source: before the first update the policy differs from its reference ({reference.source}) "
+            f"{problem}: {_cause(policy, reference, ref_logps, batches[0])}"
+        )
+    run.note(f"step 0: policy and reference ({reference.source}) differ by {absolute:.1e} nats a token")
+
+
+@torch.no_grad()
+def _policy_logps(policy: PackedLM, batch: Batch) -> Tensor:
+    training = policy.training
+    policy.eval()
+    try:
+        return sequence_sums(policy(batch).logps, batch)
+    finally:
+        policy.train(training)
+
+
+def _cause(policy: PackedLM, reference: Reference, ref_logps: RefLogps, batch: Batch) -> str:
+    """Why policy and reference differ, as the end of the message, with the remedy."""
+
+    most = TOLERANCE[reference.config.model.dtype][0]
+
+    def differ(left: Tensor | None, right: Tensor | None) -> bool:
+        assert left is not None and right is not None
+        return not float((left - right).abs().sum()) <= most * max(len(batch.targets), 1)
+
+    once = _policy_logps(policy, batch)
+    if differ(once, _policy_logps(policy, batch)):
+        return "two passes of the policy differ, too: dropout is active in evaluation mode; look for a layer that draws"
+    if ref_logps != reference.logps and differ(ref_logps(batch), reference.logps(batch)):
+        return "the stored log-probs are not those of this reference (a stale cache); empty data.cache_dir/reference"
+    trained = any("lora_B" in name and bool(p.any()) for name, p in policy.lm.named_parameters() if p.requires_grad)
+    if reference.source == "adapter_off" and trained:
+        return (
+            "the adapter is a trained one, and switching it off gives the model before it; use reference.source auto "
+            "(a frozen copy of it), or model.adapter_start merge"
+        )
+    if reference.source == "model":
+        path = reference.config.reference.path
+        if path is not None and _reference_tokenizer(reference.config).chat_template != _template(reference.config):
+            return f"{path} is another model, of another chat template; give the model that training starts from"
+        return f"{path} holds other weights than what training starts from; give those, or use reference.source auto"
+    return "no cause was found: the forward of the reference differs from the policy's"
+
+
+def _template(config: DPOConfig) -> str:
+    return str(load_tokenizer(config.model).chat_template)
+
+
+def prove_reference(run: Run, reference: Reference, collate: Collate, num_rows: int, folder: RunFolder) -> None:
+    """Write the reference's log-probs of a few rows when a run begins; compare with them when it goes on.
+
+    Raises ValueError when the reference is no longer what it was: its files were replaced, or read otherwise.
+    """
+    rows = probe_rows(num_rows)
+    logps = reference._score_rows(rows, collate)
+    if folder.checkpoint is None:
+        if run.is_main:
+            write_json_atomic(folder.path / PROBE, {"rows": rows, "logps": logps.tolist()})
+        return
+    path = folder.checkpoint.parent.parent / PROBE
+    stored = run.from_main(lambda: json.loads(path.read_text()) if path.exists() else None)
+    if stored is None or stored["rows"] != rows:
+        raise ValueError(
+            f"{path}: holds no log-probs of this data's rows {rows}, so the reference cannot be proved to be the same; "
+            "start a new run"
+        )
+    problem = run.from_main(lambda: reference._problem(torch.tensor(stored["logps"]), logps, rows, collate))
+    if problem is not None:
+        raise ValueError(
+            f"reference: it is not the one this run began with, its log-probs differ {problem}; put back the model and "
+            f"adapter that {folder.path / 'config.yaml'} names, or start a new run"
+        )
+    if run.is_main and path.parent != folder.path:
+        write_json_atomic(folder.path / PROBE, stored)
