@@ -539,8 +539,7 @@ def test_pairs_are_trimmed_alike() -> None:
 
 def test_a_template_that_lets_the_answer_into_the_prompt_is_refused() -> None:
     tokenizer = copy.deepcopy(mini_tokenizer())
-    leak = "{{- '<|im_start|>system\\n' ~ messages[-1].content[:1] ~ '<|im_end|>\\n' }}"
-    tokenizer.chat_template = leak + tokenizer.chat_template
+    tokenizer.chat_template = "{{- messages[-1].content[:1] }}" + tokenizer.chat_template
     pairs = [Preference([user("Hi")], [assistant("Red.")], [assistant(text)]) for text in ("Green.", "Round.")]
     different, alike = Template(tokenizer).encode_preferences(pairs, OPTIONS)
     assert reason(different) == "prompt_mismatch" and isinstance(alike, EncodedPreference)
