@@ -3,14 +3,15 @@
     python configs/tiny/make_tiny.py            # rewrites every file, byte for byte the same
     python configs/tiny/make_tiny.py --check    # exit 1 if a file on disk is not what this script makes
 
-The task is what half a million parameters learn from random weights in two minutes: sixteen kinds of short questions
-with one right answer each. Facts (capitals, colours, opposites) are held out by wording: `What is the capital of Peru?`
-may be an evaluation prompt while `Name the capital of Peru.` is trained on. Every other kind is held out by content:
-the digits to sort, the words to choose from, the name to remember were never seen together. A question belongs to the
-evaluation side or to the training side by its own checksum, in the SFT files and in the preference files alike.
+The task is one that a LoRA on a frozen random base learns in two minutes: nine kinds of short questions with one right
+answer each. Lookups (capitals, colours, opposites, plurals, first letters) are held out by wording: `What is the
+capital of Peru?` may be an evaluation prompt while `Name the capital of Peru.` is trained on, so are numbers to spell
+and words to repeat. Words to choose from and things said a turn before are held out by content. A question belongs to
+the evaluation side or to the training side by its own checksum, in the SFT files and in the preference files alike.
+Training conversations have one to four questions, which gives more answers a step; evaluation prompts have one.
 
-System messages: none (the template then adds its default), `Keep it short.` (the bare answer, as without one) and
-`Use a full sentence.` (`The answer is Lima.`).
+System messages: none (the template then adds its default, shorter than Qwen2.5's: ten tokens here), `Keep it short.`
+(the bare answer, as without one) and `Use a full sentence.` (`The answer is Lima.`).
 
 What preferences are about: a question may end with thanks (`... Thanks!`). The SFT rows are of two minds about that:
 seven in ten answer barely (`Lima`), three in ten add `. You are welcome!`. The preference pairs decide: thanks get the
@@ -30,8 +31,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 HERE = Path(__file__).parent
 SEED = 7
-NUM_TRAIN, NUM_EVAL, NUM_PAIRS, NUM_EVAL_PAIRS = 6000, 256, 1600, 200
-VOCAB_SIZE = 1024
+NUM_TRAIN, NUM_EVAL, NUM_PAIRS, NUM_EVAL_PAIRS = 4000, 256, 1600, 200
+VOCAB_SIZE = 768
 
 # Same order as in Qwen2.5's vocabulary; the last two are added but not special there, too.
 CONTROL_TOKENS = {
@@ -63,24 +64,19 @@ THANKS = (" Thanks!", " Thank you!")
 COURTESY = ". You are welcome!"
 
 CAPITALS = table(
-    "France-Paris Spain-Madrid Italy-Rome Germany-Berlin Austria-Vienna Poland-Warsaw Greece-Athens "
-    "Norway-Oslo Sweden-Stockholm Finland-Helsinki Denmark-Copenhagen Ireland-Dublin Portugal-Lisbon "
-    "Hungary-Budapest Egypt-Cairo Kenya-Nairobi Japan-Tokyo China-Beijing Cuba-Havana Peru-Lima"
+    "France-Paris Spain-Madrid Italy-Rome Germany-Berlin Poland-Warsaw Greece-Athens Norway-Oslo Egypt-Cairo "
+    "Kenya-Nairobi Japan-Tokyo Cuba-Havana Peru-Lima"
 )
 COLOURS = table(
-    "lemon-yellow banana-yellow blood-red tomato-red grass-green frog-green leaf-green snow-white milk-white "
-    "salt-white coal-black crow-black sky-blue sea-blue mud-brown bear-brown cloud-grey mouse-grey"
+    "lemons-yellow bananas-yellow blood-red tomatoes-red grass-green frogs-green snow-white milk-white "
+    "coal-black crows-black mud-brown bears-brown"
 )
-OPPOSITES = table(
-    "hot-cold big-small old-young fast-slow high-low wet-dry rich-poor light-dark long-short full-empty "
-    "open-closed early-late good-bad hard-soft loud-quiet"
-)
+OPPOSITES = table("hot-cold big-small old-young fast-slow high-low wet-dry rich-poor open-closed early-late good-bad")
 OPPOSITES |= {right: left for left, right in OPPOSITES.items()}
 WORDS = words(
-    "apple river stone lamp chair table horse bird house tree boat train cloud door glass hand ring road "
-    "ship shoe star wall book clock flower garden island king letter moon paper queen rope song tower window"
+    "apple river stone lamp chair table horse bird house tree boat cloud door hand ring star book clock flower garden"
 )
-NAMES = words("Anna Ben Carl Dora Emma Finn Gina Hugo Ida Jack Kate Leo Mira Nora Otto Paul Rosa Sam Tina Vera")
+NAMES = words("Anna Ben Carl Dora Emma Finn Hugo Ida Kate Leo Nora Otto")
 ONES = words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen"
@@ -103,139 +99,59 @@ def other(rng: random.Random, choices: list[str], right: str) -> str:
     return rng.choice([choice for choice in choices if choice != right])
 
 
-def lookup(facts: dict[str, str], *wordings: str) -> Callable[[random.Random], Draw]:
+def lookup(what: str, facts: dict[str, str]) -> Callable[[random.Random], Draw]:
     """A kind whose answers stand in a table; `{}` in the wording takes the key."""
     values = sorted(set(facts.values()))
 
     def draw(rng: random.Random) -> Draw:
         key = rng.choice(sorted(facts))
-        return [], rng.choice(wordings).format(key), facts[key], other(rng, values, facts[key])
+        return [], rng.choice(WORDINGS).format(what, key), facts[key], other(rng, values, facts[key])
 
     return draw
 
 
+WORDINGS = ("What is the {} of {}?", "Name the {} of {}.", "Tell me the {} of {}.", "Do you know the {} of {}?")
+
+
 def number_words(rng: random.Random) -> Draw:
-    number = rng.randrange(100)
-    question = rng.choice(["Write {} in words.", "How do you spell {}?", "Spell the number {}."]).format(number)
-    return [], question, in_words(number), in_words((number + rng.randrange(1, 99)) % 100)
-
-
-def successor(rng: random.Random) -> Draw:
-    number = rng.randrange(100)
-    question, step = rng.choice(
-        [("What comes after {}?", 1), ("Count on from {}.", 1), ("Which number follows {}?", 1)]
-    )
-    return [], question.format(number), str(number + step), str(number + rng.choice([0, 2]))
-
-
-def addition(rng: random.Random) -> Draw:
-    left, right = rng.randrange(10), rng.randrange(10)
-    question = rng.choice(["What is {} + {}?", "Add {} and {}.", "{} plus {}?"]).format(left, right)
-    return [], question, str(left + right), str(left + right + rng.choice([1, 2]))
-
-
-def comparison(rng: random.Random) -> Draw:
-    left, right = rng.sample(range(10), 2)
-    question, larger = rng.choice([("Is {} larger than {}?", True), ("Is {} smaller than {}?", False)])
-    answer = "yes" if (left > right) == larger else "no"
-    return [], question.format(left, right), answer, "no" if answer == "yes" else "yes"
-
-
-def extreme(rng: random.Random) -> Draw:
-    numbers = rng.sample(range(10), 3)
-    question, choose = rng.choice([("Largest of {} {} {}?", max), ("Smallest of {} {} {}?", min)])
-    answer = str(choose(numbers))
-    return [], question.format(*numbers), answer, other(rng, [str(n) for n in numbers], answer)
-
-
-def reverse(rng: random.Random) -> Draw:
-    digits = [str(rng.randrange(10)) for _ in range(4)]
-    while digits == digits[::-1]:
-        digits = [str(rng.randrange(10)) for _ in range(4)]
-    question = rng.choice(["Reverse {}.", "Write {} backwards."]).format(" ".join(digits))
-    return [], question, " ".join(digits[::-1]), " ".join(digits)
-
-
-def sort(rng: random.Random) -> Draw:
-    digits = rng.sample(range(10), 3)
-    while digits == sorted(digits):
-        digits = rng.sample(range(10), 3)
-    question = rng.choice(["Sort {}.", "Put {} in order."]).format(" ".join(map(str, digits)))
-    return [], question, " ".join(map(str, sorted(digits))), " ".join(map(str, digits))
+    number = rng.randrange(20, 100)
+    question = rng.choice(["How do you spell {}?", "Spell {}.", "Write in words: {}."]).format(number)
+    return [], question, in_words(number), in_words((number - 20 + rng.randrange(1, 79)) % 80 + 20)
 
 
 def pick(rng: random.Random) -> Draw:
-    words = rng.sample(WORDS, 3)
-    wording, index = rng.choice([("First", 0), ("Last", 2), ("Second", 1)])
-    answer = words[index]
-    return [], f"{wording} word of: {', '.join(words)}?", answer, other(rng, words, answer)
+    chosen = rng.sample(WORDS, 3)
+    which, index = rng.choice([("first", 0), ("last", 2)])
+    question = rng.choice(["What is the {} of {}?", "Name the {} of {}."]).format(f"{which} word", ", ".join(chosen))
+    return [], question, chosen[index], other(rng, chosen, chosen[index])
 
 
 def repeat(rng: random.Random) -> Draw:
     word = rng.choice(WORDS)
-    times, count = rng.choice([("once", 1), ("twice", 2), ("three times", 3)])
-    verb = rng.choice(["Say", "Repeat", "Write"])
-    return [], f"{verb} {word} {times}.", " ".join([word] * count), " ".join([word] * (count % 3 + 1))
-
-
-def counting(rng: random.Random) -> Draw:
-    word, count = rng.choice(WORDS), rng.randrange(1, 6)
-    question = rng.choice(["Count: {}.", "How many words: {}?"]).format(" ".join([word] * count))
-    return [], question, str(count), str(count % 5 + 1)
-
-
-def plural(rng: random.Random) -> Draw:
-    word = rng.choice(WORDS)
-    question = rng.choice(["What is the plural of {}?", "Plural of {}?", "One {}, two what?", "Say {} in the plural."])
-    return [], question.format(word), word + "s", other(rng, WORDS, word) + "s"
-
-
-def initial(rng: random.Random) -> Draw:
-    word = rng.choice(WORDS)
-    question = rng.choice(["First letter of {}?", "How does {} begin?", "Which letter starts {}?", "Initial of {}?"])
-    return [], question.format(word), word[0], other(rng, sorted({w[0] for w in WORDS}), word[0])
+    times, count = rng.choice([("once", 1), ("twice", 2)])
+    question = rng.choice(["Say {}: {}.", "Repeat {}: {}.", "Write {}: {}."]).format(times, word)
+    return [], question, " ".join([word] * count), " ".join([word] * (3 - count))
 
 
 def memory(rng: random.Random) -> Draw:
-    name, age = rng.choice(NAMES), str(rng.randrange(10, 100))
-    first = rng.choice(["I am {}, aged {}.", "My name is {}, my age is {}.", "Hi, {} here, {} years old."])
-    history = [(first.format(name, age), f"Hello, {name}!")]
+    name, country = rng.choice(NAMES), rng.choice(sorted(CAPITALS))
+    first = rng.choice(["I am {} from {}.", "My name is {}, my home is {}."])
+    history = [(first.format(name, country), f"Hello, {name}!")]
     if rng.random() < 0.5:
-        return history, rng.choice(["What is my name?", "Who am I?"]), name, other(rng, NAMES, name)
-    return history, rng.choice(["How old am I?", "What is my age?"]), age, str(int(age) % 90 + 10)
+        return history, rng.choice(["What is my name?", "Do you know my name?"]), name, other(rng, NAMES, name)
+    question = rng.choice(["What is my home?", "Do you know my home?"])
+    return history, question, country, other(rng, sorted(CAPITALS), country)
 
 
 KINDS: dict[str, Callable[[random.Random], Draw]] = {
-    "capital": lookup(
-        CAPITALS,
-        "What is the capital of {}?",
-        "Name the capital of {}.",
-        "Which city is the capital of {}?",
-        "Tell me the capital of {}.",
-        "Capital of {}?",
-    ),
-    "colour": lookup(
-        COLOURS,
-        "What colour is the {}?",
-        "Name the colour of the {}.",
-        "Which colour has the {}?",
-        "Tell me the colour of the {}.",
-    ),
-    "opposite": lookup(
-        OPPOSITES, "What is the opposite of {}?", "Name the opposite of {}.", "Opposite of {}?", "What is not {}?"
-    ),
+    "capital": lookup("capital", CAPITALS),
+    "colour": lookup("colour", COLOURS),
+    "opposite": lookup("opposite", OPPOSITES),
+    "plural": lookup("plural", {word: word + "s" for word in WORDS}),
+    "initial": lookup("first letter", {word: word[0] for word in WORDS}),
     "number_words": number_words,
-    "successor": successor,
-    "addition": addition,
-    "comparison": comparison,
-    "extreme": extreme,
-    "reverse": reverse,
-    "sort": sort,
     "pick": pick,
     "repeat": repeat,
-    "counting": counting,
-    "plural": plural,
-    "initial": initial,
     "memory": memory,
 }
 
@@ -274,13 +190,22 @@ def draw_unique(rng: random.Random, held_out: bool, seen: set[str], make: Callab
 
 def sft_rows(rng: random.Random, count: int, held_out: bool) -> list[dict]:
     def make(draw: Draw) -> dict:
-        history, question, answer, _ = draw
         system = rng.choices([None, SHORT, SENTENCE], [0.6, 0.2, 0.2])[0]
-        if system == SENTENCE:
-            answer = f"The answer is {answer}."
-        elif system is None and not held_out and rng.random() < 0.3:
-            question += rng.choice(THANKS)
-            answer += COURTESY if rng.random() < 0.3 else ""
+        turns = [draw]
+        if not held_out:
+            while rng.random() < 0.7 and len(turns) < 4:
+                extra = rng.choice(list(KINDS.values()))(rng)
+                if not extra[0] and not is_held_out([], extra[1]):
+                    turns.insert(0, extra)
+        history = []
+        for before, question, answer, _ in turns:
+            if system == SENTENCE:
+                answer = f"The answer is {answer}."
+            elif system is None and not held_out and rng.random() < 0.3:
+                question += rng.choice(THANKS)
+                answer += COURTESY if rng.random() < 0.3 else ""
+            history += [*before, (question, answer)]
+        *history, (question, answer) = history
         return {"messages": [*prompt_of(system, history, question), message("assistant", answer)]}
 
     seen: set[str] = set()
