@@ -1,0 +1,181 @@
+"""Flight check of the data a training would use: `python launch/check.py [--config FILE.yaml] [--section.field value]`.
+
+Takes the very config of launch/sft.py or launch/dpo.py, loads the tokenizer and no model, judges every row and reports.
+Exit code: 0 clean; 1 rows in error; 2 a config, a file or an option that cannot be used.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+import yaml
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from qwen_train.config import DPOConfig, SFTConfig, load_config
+from qwen_train.data import formats
+from qwen_train.data.chat import ChatOptions, Template
+from qwen_train.data.check import dump_row, examine
+from qwen_train.data.formats import Kind, Source
+from qwen_train.data.tokenize import JudgedRow, judge_conversations, judge_preferences
+from qwen_train.model.load import load_tokenizer
+from qwen_train.output.check_html import html_page
+from qwen_train.output.check_view import print_examples, print_report
+
+HTML_ROWS = 12
+PIPE_WIDTH = 140
+ROWS_PER_UPDATE = 500
+
+
+def main(argv: list[str]) -> int:
+    """Check, report, and return the exit code. Raises ValueError for the user's mistakes."""
+    options, others = parser().parse_known_args(argv)
+    config_argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
+    kind: Kind = options.task or task_of(options.config, others)
+    config, warnings = load_config(SFTConfig if kind == "sft" else DPOConfig, config_argv)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    splits = sources_of(config, kind)
+    outputs = {"--dump": options.dump, "--html": options.html}
+    refuse_overwriting({name: path for name, path in outputs.items() if path}, splits)
+    template = Template(load_tokenizer(config.model))
+    chat = ChatOptions.from_config(config.data)
+    judge = judge_conversations if kind == "sft" else judge_preferences
+
+    with ExitStack() as stack:
+        dump, page = (stack.enter_context(written(path, name)) if path else None for name, path in outputs.items())
+        count = stack.enter_context(progress())
+
+        def rows(name: str, index: int, source: Source) -> Iterator[JudgedRow]:
+            for row in judge(source.path, template.tokenizer, chat, format=config.data.format, name=name):
+                count(name)
+                if dump and row.encoded is not None:
+                    dump.write(json.dumps(dump_row(row)) + "\n")
+                yield replace(row, source=index)
+
+        judged = {
+            name: [(source, rows(name, index, source)) for index, source in enumerate(sources)]
+            for name, sources in splits.items()
+        }
+        report = examine(kind, judged, template, chat, config, max(options.show, HTML_ROWS if page else 0))
+        title = f"Flight check: {kind.upper()}, {' + '.join(options.config) or 'embedded tiny config'}"
+        if page:
+            page.writelines(html_page(report, title, template))
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    print_report(report, title, console)
+    if options.show:
+        print_examples(report.examples[: options.show], template, console)
+    if kind == "sft" and not options.task and any(s.reasons["error", "unknown_format"] for s in report.splits):
+        print("hint: rows were checked as conversations; for preference pairs add --task dpo")
+    return report.exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the check itself; all others are the config's."""
+    made = argparse.ArgumentParser(
+        prog="check.py",
+        description="Flight check of the data a training would use. Exit code 0 clean, 1 rows in error, 2 unusable.",
+        epilog="All fields of the config are options too (--section.field value), as for launch/sft.py --help.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    made.add_argument("--config", action="append", default=[], help="the training's YAML; without, the tiny default")
+    made.add_argument("--task", choices=["sft", "dpo"], help="default: dpo if the config says loss or reference")
+    made.add_argument("--show", type=int, default=0, metavar="N", help="print the first N rows with their mask")
+    made.add_argument("--dump", metavar="FILE", help="write token ids and labels of every kept row, one JSON a line")
+    made.add_argument("--html", metavar="FILE", help="write the whole report, all problems and some rows as a page")
+    return made
+
+
+def task_of(files: list[str], others: list[str]) -> Kind:
+    """`dpo` where a config file or the command line has a section that only DPO knows."""
+    sections = {word[2:].split(".")[0] for word in others if word.startswith("--")}
+    for file in files:
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return "sft"  # load_config says what is wrong with the file
+        sections |= content.keys() if isinstance(content, dict) else set()
+    return "dpo" if sections & {"loss", "reference"} else "sft"
+
+
+def sources_of(config: SFTConfig, kind: Kind) -> dict[str, list[Source]]:
+    """Sources of the splits. Raises ValueError for one that is missing, before anything is loaded."""
+    formats.check_format(config.data.format, kind)
+    paths = {"data.train": config.data.train} | ({"data.eval": config.data.eval} if config.data.eval else {})
+    splits = {name: formats.resolve_paths(value, name) for name, value in paths.items()}
+    for name, sources in splits.items():
+        for source in sources:
+            formats.source_kind(source.path, name)
+    return splits
+
+
+def refuse_overwriting(outputs: dict[str, str], splits: dict[str, list[Source]]) -> None:
+    taken = {Path(source.path).expanduser().resolve(): name for name, sources in splits.items() for source in sources}
+    for name, path in outputs.items():
+        place = Path(path).expanduser().resolve()
+        if place in taken:
+            raise ValueError(f"{name}: {path} is also {taken[place]}; choose another file")
+        taken[place] = name
+
+
+@contextmanager
+def written(path: str, option: str) -> Iterator[IO[str]]:
+    """A text file that appears whole at the end, or not at all (a pipe or device is written to directly)."""
+    final = Path(path).expanduser()
+    direct = final.exists() and not final.is_file()
+    temporary = final if direct else final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        try:
+            file = open(temporary, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(f"{option}: {path} cannot be written ({error.strerror}); choose another file") from None
+        with file:
+            yield file
+        if not direct:
+            os.replace(temporary, final)
+    except OSError as error:
+        raise ValueError(f"{option}: writing {path} failed ({error.strerror}); free space or choose another") from error
+    finally:
+        if not direct:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Counts rows on stderr where that is a terminal; the value is called with the split's name for every row."""
+    if not sys.stderr.isatty():
+        yield lambda name: None
+        return
+    columns = (TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, tuple[int, Iterator[int]]] = {}
+
+        def count(name: str) -> None:
+            if name not in tasks:
+                tasks[name] = int(bar.add_task(name, total=None)), itertools.count(1)
+            task, rows = tasks[name]
+            if (seen := next(rows)) % ROWS_PER_UPDATE == 0:
+                bar.update(bar.task_ids[task], completed=seen)
+
+        yield count
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        code = main(sys.argv[1:])
+    except (ValueError, argparse.ArgumentError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
