@@ -1,5 +1,6 @@
 """Supervised fine-tuning: one run, read from top to bottom."""
 
+import contextlib
 import functools
 import math
 
@@ -14,7 +15,7 @@ from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Interrupted, Run
 from qwen_train.train.evaluate import evaluate_sft, hold_out, sample_answers
-from qwen_train.train.folder import due, open_run, restore, save
+from qwen_train.train.folder import due, open_run, record_config, restore, save
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
 
@@ -39,7 +40,8 @@ def train(config: SFTConfig, run: Run) -> None:
     )
     data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
     run.note(f"data.train: {data.report.summary()}")
-    config = resolve_auto(config, run.device, longest=int(data.column("length").max()))
+    config = resolve_auto(folder.config, run.device, longest=int(data.column("length").max()))
+    record_config(run, folder, config)
     held_out = None
     if config.data.eval:
         eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
@@ -66,20 +68,27 @@ def train(config: SFTConfig, run: Run) -> None:
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     model, optimizer = run.prepare(model, optimizer)
     progress = restore(folder, model, optimizer)
-    flops = functools.partial(flops_per_token, model.lm.config, lora_parameters=num_trainable(model))
+    flops = functools.partial(
+        flops_per_token,
+        model.lm.config,
+        lora_parameters=num_trainable(model),
+        head_fraction=data.report.supervised_tokens / data.report.tokens,
+    )
 
     with Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics:
         throughput = Throughput(run.device, flops, run.world_size)
 
         def evaluate() -> None:
-            assert held_out is not None
+            if held_out is None or progress.evaluated == progress.step:
+                return
             with throughput.paused():
                 values = evaluate_sft(run, model, held_out)
                 sampled, texts = sample_answers(run, model, held_out, tokenizer)
-            metrics.log(progress.step, values | sampled)
-            metrics.samples(progress.step, "eval/samples", texts)
+                metrics.log(progress.step, values | sampled)
+                metrics.samples(progress.step, "eval/samples", texts)
+                progress.evaluated = progress.step
 
-        if held_out and progress.step == 0:
+        if progress.step in (0, total_steps) or due(progress.step, config.run.eval_every):
             evaluate()
 
         # -- the loop -------------------------------------------------------------------------------------------------
@@ -104,9 +113,9 @@ def train(config: SFTConfig, run: Run) -> None:
             throughput.add(microbatches.num_tokens, microbatches.num_sequences)
 
             # -- log, evaluate, save, leave ---------------------------------------------------------------------------
-            last, stopping = progress.step == total_steps, run.should_stop()
+            last = progress.step == total_steps
             metrics.advance(progress.step)
-            if last or progress.step % config.run.log_every == 0:
+            if last or due(progress.step, config.run.log_every):
                 loss, correct, tokens = run.sum(sums)
                 values = {
                     "train/loss": loss,
@@ -118,13 +127,15 @@ def train(config: SFTConfig, run: Run) -> None:
                     "train/skipped_steps": progress.skipped,
                 }
                 metrics.log(progress.step, values | throughput.read())
-            if held_out and (last or due(progress.step, config.run.eval_every)) and not stopping:
-                evaluate()
+            if last or due(progress.step, config.run.eval_every):
+                with contextlib.suppress(Interrupted):  # saved first; the resumed run begins with this evaluation
+                    evaluate()
+            stopping = run.should_stop()
             if last or stopping or due(progress.step, config.run.save_every):
                 with throughput.paused():
                     metrics.sync()
                     save(run, folder, progress, model, optimizer, config)
-            if stopping and not last:
+            if stopping:
                 raise Interrupted(f"stopped after step {progress.step} of {total_steps}; start again to go on")
 
     # -- what the run hands over --------------------------------------------------------------------------------------

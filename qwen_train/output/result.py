@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 from typing import Any
 
 from peft import PeftModel
@@ -12,7 +13,7 @@ from qwen_train.model.adapters import base_fingerprint
 from qwen_train.model.load import PackedLM, trainable_parameters
 from qwen_train.output.export import model_card, write_adapter, write_full_model
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import write_json_atomic
+from qwen_train.train.files import write_bytes_atomic, write_json_atomic
 from qwen_train.train.folder import Progress, RunFolder
 from qwen_train.train.metrics import write_status
 
@@ -61,7 +62,7 @@ def write_result(
         write_json_atomic(target / "base.json", {"base_sha256": base_fingerprint(base_name, config.model.revision)})
     else:
         write_full_model(target, model.causal_lm, tensors, tokenizer, card=model_card(target, **card))
-    (folder.path / "README.md").write_text(model_card(folder.path, weights=target.name, **card))
+    write_bytes_atomic(folder.path / "README.md", model_card(folder.path, weights=target.name, **card).encode())
     write_status(folder.path, "finished", step=progress.step, result=str(target))
     for name, title in (("eval/loss", "held-out loss"), ("eval/exact_match", "right answers")):
         if name in first and name in last:
@@ -75,8 +76,11 @@ def _paths(paths: DataPaths) -> list[str]:
 
 
 def _held_out_metrics(folder: RunFolder) -> tuple[dict[str, float], dict[str, float]]:
-    """The first and the last evaluation in metrics.jsonl."""
+    """The first and the last evaluation in metrics.jsonl, which holds null where a number was not finite."""
     lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [{name: value for name, value in line.items() if name.startswith("eval/")} for line in lines]
+    evaluations = [
+        {name: math.nan if value is None else value for name, value in line.items() if name.startswith("eval/")}
+        for line in lines
+    ]
     evaluations = [values for values in evaluations if values] or [{}]
     return evaluations[0], evaluations[-1]

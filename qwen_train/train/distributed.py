@@ -10,11 +10,14 @@ import hashlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -29,10 +32,15 @@ TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and savi
 PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
 ALL_REDUCE_BYTES = 256 * 2**20
 PR_SET_PDEATHSIG = 1
+ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every process already
 
 
-class Interrupted(Exception):  # noqa: N818  # not an error
-    """A signal asked the run to leave; everything worth keeping has been saved."""
+class Interrupted(BaseException):
+    """A signal asked the run to leave; everything worth keeping has been saved.
+
+    As KeyboardInterrupt, no Exception: before training it is raised inside of whatever runs, and a library that
+    catches Exception there must not swallow it.
+    """
 
 
 class Run:
@@ -44,6 +52,9 @@ class Run:
     def __init__(self, seed: int, deterministic: bool) -> None:
         _die_with_launcher()
         self.stop_signal: signal.Signals | None = None
+        self._signal_time = 0.0
+        self._training = False
+        self._pid = os.getpid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if deterministic:
@@ -58,7 +69,7 @@ class Run:
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.seed = seed
         self._preparations = 0
-        asked = int(os.environ.get("WORLD_SIZE", 1))
+        asked = int(os.environ.get("WORLD_SIZE") or _asked_of_launcher())
         if asked != self.world_size:
             raise ValueError(
                 f"accelerate: {asked} processes were asked for and {self.world_size} started; on the CPU use "
@@ -74,9 +85,18 @@ class Run:
     # -- signals --------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        if self.stop_signal is not None and number == signal.SIGINT:
+        """Before training there is nothing to save: leave at once. Afterwards the loop leaves when it has saved."""
+        if os.getpid() != self._pid:  # a worker forked off (tokenising): no run of its own, and it must die when told
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        first, now = self.stop_signal is None, time.monotonic()
+        if not first and number == signal.SIGINT and now - self._signal_time > ECHO_SECONDS:
             os._exit(130)  # the second Ctrl-C: leave at once, the last checkpoint is intact
-        self.stop_signal = signal.Signals(number)
+        if first:
+            self.stop_signal, self._signal_time = signal.Signals(number), now
+            if not self._training:
+                raise Interrupted("stopped before the first step; start again")
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to leave (a collective, so that all ranks leave together)."""
@@ -120,7 +140,8 @@ class Run:
     def main_first(self, function: Callable[[], T]) -> T:
         """`function()` on rank 0, then on the others: they find its result in a cache.
 
-        The others wait at the rendezvous store and not in a collective, whose timeout a long tokenisation would pass.
+        The others ask the rendezvous store now and then: a collective's timeout would be too short for a long
+        tokenisation, and a wait inside of the store would be deaf to signals.
         """
         self._preparations += 1
         if self.world_size == 1:
@@ -131,7 +152,10 @@ class Run:
             result = function()
             store.set(key, "done")
             return result
-        store.wait([key], PREPARATION_TIMEOUT)
+        deadline = time.monotonic() + PREPARATION_TIMEOUT.total_seconds()
+        while not store.check([key]):
+            assert time.monotonic() < deadline, f"rank 0 did not finish in {PREPARATION_TIMEOUT}"
+            time.sleep(0.1)
         return function()
 
     # -- gradients ------------------------------------------------------------------------------------------------
@@ -140,14 +164,16 @@ class Run:
         """Shard under FSDP2; otherwise give every rank rank 0's trained parameters.
 
         There is no DistributedDataParallel around the model: every micro-batch would run without synchronising, and
-        one flat all-reduce at the end of `accumulate` is all that is needed of it.
+        one flat all-reduce at the end of `accumulate` is all that is needed of it. From here on a signal is only noted:
+        see `should_stop`.
         """
         if self.sharded:
-            return self.accelerator.prepare(model, optimizer)
-        if self.world_size > 1:
+            model, optimizer = self.accelerator.prepare(model, optimizer)
+        elif self.world_size > 1:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     dist.broadcast(parameter.data, src=0)
+        self._training = True
         return model, optimizer
 
     def accumulate(self, model: nn.Module, microbatches: "MicroBatches", step: int) -> Iterator["Batch"]:
@@ -206,6 +232,28 @@ def _die_with_launcher() -> None:
     """Ask the kernel for SIGTERM when the parent dies: the single-process launcher does not forward its own."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _asked_of_launcher() -> int:
+    """Processes that the command line of `accelerate launch` or its YAML asks for, 1 where that cannot be seen.
+
+    With `--cpu`, or `distributed_type: MULTI_CPU` without an MPI launcher, accelerate starts one process however many
+    were asked for, and tells it nothing of the others.
+    """
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return 1
+    if "launch" not in words[:3] or not any("accelerate" in word for word in words[:2]):
+        return 1
+    options = [option.replace("-", "_") for word in words for option in word.split("=", 1)]
+    values = [value for word in words for value in word.split("=", 1)]
+    if "__num_processes" in options:
+        return int(values[options.index("__num_processes") + 1])
+    if "__config_file" in options:
+        settings = yaml.safe_load(Path(values[options.index("__config_file") + 1]).read_text())
+        return int(settings.get("num_processes", 1))
+    return 1
 
 
 def env_is_main() -> bool:

@@ -1,7 +1,11 @@
 """The folder of a run: whose it is, where training stands in it, how it ended."""
 
+import dataclasses
+import errno
 import json
+import os
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +18,7 @@ from torch.optim import Optimizer
 from qwen_train.config import Config, SFTConfig, as_dict, load_config, to_yaml
 from qwen_train.model.load import PackedLM, load_trainable, trainable_parameters
 from qwen_train.train.checkpoint import (
+    SaveError,
     config_changes,
     find_checkpoint,
     load_checkpoint,
@@ -22,7 +27,13 @@ from qwen_train.train.checkpoint import (
     verify,
 )
 from qwen_train.train.distributed import Interrupted, Run, env_is_main
-from qwen_train.train.files import clean_leftovers, write_bytes_atomic
+from qwen_train.train.files import (
+    clean_leftovers,
+    delete_folder,
+    replacing_folder,
+    write_bytes_atomic,
+    write_file,
+)
 from qwen_train.train.metrics import write_status
 from qwen_train.train.optim import load_optimizer_state, optimizer_state
 
@@ -32,6 +43,8 @@ class RunFolder:
     """Where a run lives, and where it goes on."""
 
     path: Path
+    config: SFTConfig
+    """What the run goes by: as given, its `auto` values as they were resolved when it began."""
     finished: bool
     """Nothing is left to do."""
     run_id: str
@@ -52,9 +65,9 @@ class RunFolder:
 
 
 def open_run(config: SFTConfig) -> RunFolder:
-    """The folder of `config`'s run, made or found again. Rank 0 only.
+    """The folder of `config`'s run, made or found again, and marked as running. Rank 0 only.
 
-    Raises ValueError for a folder that is not this run's.
+    Raises ValueError for a folder that is not this run's, which is left as it is.
     """
     assert config.run.name is not None
     path = Path(config.run.dir) / config.run.name
@@ -64,60 +77,96 @@ def open_run(config: SFTConfig) -> RunFolder:
         )
     if path.exists() and not path.is_dir():
         raise ValueError(f"run.name: {path} is a file; choose another run.name or run.dir")
-    if not path.exists() or not any(path.iterdir()):
-        return _begin(config, path)
-    if config.run.resume == "never":
+    is_new = not path.exists() or not any(path.iterdir())
+    if not is_new and config.run.resume == "never":
         raise ValueError(f"run.resume: never, but {path} holds a run already; delete it or choose another run.name")
-    return _continue(config, path)
+    return _begin(config, path) if is_new else _continue(config, path)
 
 
 def _begin(config: SFTConfig, path: Path) -> RunFolder:
-    checkpoint = None
-    if config.run.resume not in ("auto", "never"):
-        checkpoint = Path(config.run.resume)
-        verify(checkpoint)
-        require_same_result(config_changes(_stored_config(checkpoint.parent.parent), as_dict(config)), checkpoint)
+    checkpoint = _named_checkpoint(config)
+    run_id = uuid.uuid4().hex
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(path / "config.yaml", to_yaml(config).encode())
-        write_bytes_atomic(path / "run_id", uuid.uuid4().hex.encode())
+        with replacing_folder(path) as temporary:
+            write_file(temporary / "config.yaml", [to_yaml(config).encode()])
+            write_file(temporary / "run_id", [run_id.encode()])
+            write_status(temporary, "running")
     except OSError as error:
         raise ValueError(f"run.dir: cannot write to {path}: {error.strerror}; choose another run.dir") from None
-    return RunFolder(path, False, (path / "run_id").read_text(), checkpoint, ())
+    return RunFolder(path, config, False, run_id, checkpoint, ())
 
 
 def _continue(config: SFTConfig, path: Path) -> RunFolder:
     stored = _stored_config(path)
+    config = _with_resolved(config, stored)
     changes = config_changes(stored, as_dict(config))
     require_same_result(changes, path)
     notes = [f"{change.field}: {change.old} -> {change.new}" for change in changes]
+    run_id = (path / "run_id").read_text()
     if _outcome(path) == "finished":
-        return RunFolder(path, True, (path / "run_id").read_text(), None, tuple(notes))
+        return RunFolder(path, config, True, run_id, None, tuple(notes))
     notes += clean_leftovers(path) + clean_leftovers(path / "checkpoints")
-    if config.run.resume == "auto":
+    checkpoint = _named_checkpoint(config)
+    if checkpoint is None:
         checkpoint, skipped = find_checkpoint(path / "checkpoints")
         notes += [f"{folder}: skipped, {reason}" for folder, reason in skipped]
-    else:
-        checkpoint = Path(config.run.resume)
-        verify(checkpoint)
     notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting anew")
     write_bytes_atomic(path / "config.yaml", to_yaml(config).encode())
-    return RunFolder(path, False, (path / "run_id").read_text(), checkpoint, tuple(notes))
+    write_status(path, "running")
+    return RunFolder(path, config, False, run_id, checkpoint, tuple(notes))
 
 
-def _outcome(path: Path) -> str | None:
+def record_config(run: Run, folder: RunFolder, config: SFTConfig) -> None:
+    """Write the config as it was resolved, for whoever reads the folder and for the resumed run."""
+    if run.is_main:
+        write_bytes_atomic(folder.path / "config.yaml", to_yaml(config).encode())
+
+
+def _named_checkpoint(config: SFTConfig) -> Path | None:
+    """The whole checkpoint that `run.resume` names, if it names one; of a run that goes by the same config."""
+    if config.run.resume in ("auto", "never"):
+        return None
+    checkpoint = Path(config.run.resume)
+    verify(checkpoint)
+    stored = json.loads((checkpoint / "state.json").read_bytes())["config"]
+    require_same_result(config_changes(stored, as_dict(config)), checkpoint)
+    return checkpoint
+
+
+def _with_resolved(config: SFTConfig, stored: dict[str, Any]) -> SFTConfig:
+    """`config` with the numbers that its `auto` values were given when the run began."""
+    for section, old in stored.items():
+        values: Any = getattr(config, section, None)
+        numbers = {
+            name: value
+            for name, value in old.items()
+            if isinstance(value, int) and getattr(values, name, None) == "auto"
+        }
+        if numbers:
+            changed: dict[str, Any] = {section: dataclasses.replace(values, **numbers)}
+            config = dataclasses.replace(config, **changed)
+    return config
+
+
+def _status(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "status.json").read_text())["outcome"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # killed before the first word of it: as good as interrupted
+        status = json.loads((path / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}  # none, or not ours: as good as interrupted
+    return status if isinstance(status, dict) else {}
+
+
+def _outcome(path: Path) -> Any:
+    return _status(path).get("outcome")
 
 
 def _stored_config(path: Path) -> dict[str, Any]:
     try:
         stored = yaml.safe_load((path / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         stored = None
-    if not isinstance(stored, dict) or not (path / "run_id").exists():
+    sections = isinstance(stored, dict) and all(isinstance(fields, dict) for fields in stored.values())
+    if not sections or not (path / "run_id").is_file():
         raise ValueError(f"run.name: {path} exists and is not the folder of a run; choose another run.name")
     return stored
 
@@ -136,6 +185,8 @@ class Progress:
     """Tokens trained on, of all ranks."""
     skipped: int = 0
     """Steps whose update was skipped, because the gradient was not finite."""
+    evaluated: int = -1
+    """The last step after which held-out data was evaluated; a resumed run makes up for one that was cut short."""
 
 
 def due(step: int, every: int) -> bool:
@@ -174,8 +225,9 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer) -> Progres
 def run_script(config_class: type[Config], train: Callable[[Config, Run], None]) -> None:
     """Parse the command line, train, and report how it ended: exit code and `status.json`.
 
-    0 finished; 2 refused, a mistake of the user's, in lines without a traceback; 128 + signal interrupted and saved;
-    anything else is raised, as it is ours to mend.
+    0 finished; 2 refused, a mistake of the user's or a disk that does not play along, in lines without a traceback;
+    128 + signal interrupted and saved; anything else is raised, as it is ours to mend. A run that is refused before it
+    has trained leaves no folder behind.
     """
     try:
         config, warnings = load_config(config_class, sys.argv[1:])
@@ -191,26 +243,68 @@ def run_script(config_class: type[Config], train: Callable[[Config, Run], None])
     try:
         train(config, run)
     except Interrupted as interruption:
+        run.note(str(interruption))
         _report(run, folder, "interrupted", str(interruption))
         run.close()
         sys.exit(128 + (run.stop_signal or 15))
     except ValueError as error:
-        _report(run, folder, "refused", str(error))
-        _complain(str(error))
-        sys.exit(2)
+        _refuse(run, folder, "refused", str(error))
+    except OSError as error:
+        reason = _disk_problem(error)
+        if reason is None:
+            _report(run, folder, "failed", f"{type(error).__name__}: {error}")
+            raise
+        _refuse(run, folder, "failed", reason)
     except BaseException as error:
         _report(run, folder, "failed", f"{type(error).__name__}: {error}")
         raise
     run.close()
 
 
+def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> None:
+    """Leave with code 2 and `reason`; a folder in which nothing was trained yet is taken away again."""
+    if run.is_main and _is_ours(folder) and not (folder / "metrics.jsonl").exists():
+        delete_folder(folder)
+    else:
+        _report(run, folder, outcome, reason)
+    if not run.is_main:
+        # Most often rank 0 has met the same and says so, and this process is ended meanwhile.
+        time.sleep(2)
+        reason = "\n".join(f"rank {run.rank}: {line}" for line in reason.splitlines())
+    _print_error(reason)
+    sys.exit(2)
+
+
 def _report(run: Run, folder: Path, outcome: str, reason: str) -> None:
-    """status.json, unless the folder is not (yet) this run's."""
-    if run.is_main and (folder / "run_id").exists():
-        write_status(folder, outcome, reason)
+    """status.json, where this process has taken the folder over."""
+    if run.is_main and _is_ours(folder):
+        try:
+            write_status(folder, outcome, reason)
+        except OSError as error:  # the disk is full, say: the way out goes on
+            _print_error(f"{folder / 'status.json'}: not written, {error.strerror}")
+
+
+def _is_ours(folder: Path) -> bool:
+    return _status(folder).get("pid") == os.getpid()
+
+
+def _disk_problem(error: OSError) -> str | None:
+    """An error of the file system in one line; None if it is something else."""
+    if isinstance(error, SaveError):
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or "disk"
+        return f"{place}: {error.strerror}; free some space, or point run.dir and data.cache_dir at another disk"
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}; see to the path and its permissions"
+    return None
 
 
 def _complain(message: str) -> None:
     if env_is_main():
-        for line in message.splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+        _print_error(message)
+
+
+def _print_error(message: str) -> None:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)

@@ -77,11 +77,14 @@ class Metrics:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _cut_lines(self.path, resume_step)
+        last = _cut_lines(self.path, resume_step)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self.last_step: int | None = None
         self.last_line: dict[str, Any] = {}
         self.last_offset = self.file.tell()
+        if last and json.loads(last)["step"] == resume_step:  # an evaluation that was cut short joins its step's line
+            self.last_step, self.last_line = resume_step, json.loads(last)
+            self.last_offset -= len(last)
         self.board = SummaryWriter(folder, purge_step=0 if resume_step is None else resume_step + 1, flush_secs=10)
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.marks: deque[tuple[float, int]] = deque([(time.monotonic(), resume_step or 0)], maxlen=20)
@@ -198,10 +201,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _cut_lines(path: Path, resume_step: int | None) -> None:
-    """Atomically keep only whole lines of steps up to `resume_step`; a killed run may have torn the last one."""
+def _cut_lines(path: Path, resume_step: int | None) -> bytes:
+    """Atomically keep only whole lines of steps up to `resume_step`; a killed run may have torn the last one.
+
+    Returns the last line that is kept; empty without one.
+    """
     if not path.exists():
-        return
+        return b""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
@@ -212,6 +218,7 @@ def _cut_lines(path: Path, resume_step: int | None) -> None:
         if resume_step is not None and step <= resume_step:
             kept.append(line if line.endswith(b"\n") else line + b"\n")
     write_bytes_atomic(path, b"".join(kept))
+    return kept[-1] if kept else b""
 
 
 # Speed and memory ----------------------------------------------------------------------------------------------------
