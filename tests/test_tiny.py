@@ -109,11 +109,11 @@ def solve(history: list[dict], question: str, facts: dict[tuple[str, str], str])
         return tens + ones
     if found := re.fullmatch(r"(?:Say|Repeat|Write) (once|twice): (\w+)\.", question):
         return found[2] if found[1] == "once" else f"{found[2]} {found[2]}"
-    if found := re.fullmatch(r".* (first|last) word of (\w+), (\w+), (\w+)[?.]", question):
-        return found[2] if found[1] == "first" else found[4]
-    if found := re.fullmatch(r".* my (name|home)\?", question):
-        told = re.findall(r"(?:I am|My name is) (\w+)(?: from|, my home is) (\w+)\.", history[-2]["content"])[-1]
-        return told[0] if found[1] == "name" else told[1]
+    if found := re.fullmatch(r".* first word of (\w+), \w+, \w+[?.]", question):
+        return found[1]
+    if found := re.fullmatch(r".* my (name|home)[?.]", question):
+        told = {"name": r"(?:I am|My name is) (\w+)\.", "home": r"(?:I live in|My home is) (\w+)\."}[found[1]]
+        return re.fullmatch(told, history[-2]["content"])[1]
     found = re.fullmatch(r".* the ([\w ]+) of (\w+)[?.]", question)
     assert found, question
     what, key = found[1], found[2]
@@ -141,7 +141,7 @@ def test_every_answer_is_right(name, facts):
         turns = row["messages"]
         sentence = turns[0]["content"] == "Use a full sentence."
         for i, turn in enumerate(turns):
-            if turn["role"] != "assistant" or turn["content"].startswith("Hello, "):
+            if turn["role"] != "assistant" or re.fullmatch(r"Hello, \w+!|\w+ is nice!", turn["content"]):
                 continue
             question = turns[i - 1]["content"]
             num_answers += 1

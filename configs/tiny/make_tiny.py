@@ -4,10 +4,9 @@
     python configs/tiny/make_tiny.py --check    # exit 1 if a file on disk is not what this script makes
 
 The task is one that a LoRA on a frozen random base learns in two minutes: nine kinds of short questions with one right
-answer each. Lookups (capitals, colours, opposites, plurals, first letters) are held out by wording: `What is the
-capital of Peru?` may be an evaluation prompt while `Name the capital of Peru.` is trained on, so are numbers to spell
-and words to repeat. Words to choose from and things said a turn before are held out by content. A question belongs to
-the evaluation side or to the training side by its own checksum, in the SFT files and in the preference files alike.
+answer each. Nearly all are held out by wording: `What is the capital of Peru?` may be an evaluation prompt while
+`Name the capital of Peru.` is trained on; words to choose from are held out by content. A question belongs to the
+evaluation side or to the training side by its own checksum, in the SFT files and in the preference files alike.
 Training conversations have one to four questions, which gives more answers a step; evaluation prompts have one.
 
 System messages: none (the template then adds its default, shorter than Qwen2.5's: ten tokens here), `Keep it short.`
@@ -121,9 +120,8 @@ def number_words(rng: random.Random) -> Draw:
 
 def pick(rng: random.Random) -> Draw:
     chosen = rng.sample(WORDS, 3)
-    which, index = rng.choice([("first", 0), ("last", 2)])
-    question = rng.choice(["What is the {} of {}?", "Name the {} of {}."]).format(f"{which} word", ", ".join(chosen))
-    return [], question, chosen[index], other(rng, chosen, chosen[index])
+    question = rng.choice(WORDINGS).format("first word", ", ".join(chosen))
+    return [], question, chosen[0], rng.choice(chosen[1:])
 
 
 def repeat(rng: random.Random) -> Draw:
@@ -134,13 +132,16 @@ def repeat(rng: random.Random) -> Draw:
 
 
 def memory(rng: random.Random) -> Draw:
-    name, country = rng.choice(NAMES), rng.choice(sorted(CAPITALS))
-    first = rng.choice(["I am {} from {}.", "My name is {}, my home is {}."])
-    history = [(first.format(name, country), f"Hello, {name}!")]
-    if rng.random() < 0.5:
-        return history, rng.choice(["What is my name?", "Do you know my name?"]), name, other(rng, NAMES, name)
-    question = rng.choice(["What is my home?", "Do you know my home?"])
-    return history, question, country, other(rng, sorted(CAPITALS), country)
+    what, values, told = rng.choice(
+        [
+            ("name", NAMES, ["I am {}.", "My name is {}."]),
+            ("home", sorted(CAPITALS), ["I live in {}.", "My home is {}."]),
+        ]
+    )
+    value = rng.choice(values)
+    reply = f"Hello, {value}!" if what == "name" else f"{value} is nice!"
+    question = rng.choice([f"What is my {what}?", f"Do you know my {what}?", f"Tell me my {what}."])
+    return [(rng.choice(told).format(value), reply)], question, value, other(rng, values, value)
 
 
 KINDS: dict[str, Callable[[random.Random], Draw]] = {
