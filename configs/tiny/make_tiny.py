@@ -216,7 +216,7 @@ def sft_rows(rng: random.Random, count: int, held_out: bool) -> list[dict]:
 def dpo_rows(rng: random.Random, count: int, held_out: bool) -> list[dict]:
     def make(draw: Draw) -> dict:
         history, question, right, wrong = draw
-        case = rng.choices(["courtesy", "both", "right", "plain"], [0.5, 0.15, 0.15, 0.2])[0]
+        case = rng.choices(["courtesy", "both", "right", "plain"], [0.5, 0.25, 0.05, 0.2])[0]
         if case == "plain":  # no thanks, no courtesy
             chosen, rejected = right, right + COURTESY
         else:
@@ -293,12 +293,7 @@ def make_tokenizer(texts: list[str]) -> dict:
 def make_files() -> dict[str, str]:
     """Every file this script answers for: name below `configs/tiny/` -> content."""
     data = make_data()
-    contents = [
-        turn["content"]
-        for rows in data.values()
-        for row in rows
-        for turn in row.get("messages") or [*row["prompt"], *row["chosen"]]
-    ]
+    contents = [turn["content"] for row in data["sft_train.jsonl"] for turn in row["messages"]]
     tokenizer = make_tokenizer(
         [f"{role}\n" for role in ("system", "user", "assistant")] * 1000 + contents + [DEFAULT_SYSTEM] * 1000
     )
