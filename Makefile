@@ -14,9 +14,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: install  ## train the embedded tiny model, from random weights to right answers
+demo: install  ## train the embedded tiny model from random weights to right answers, then to preferred ones
 	rm -rf runs/tiny-sft runs/tiny-dpo
 	$(BIN)/accelerate launch launch/sft.py
+	@echo
+	$(BIN)/accelerate launch launch/dpo.py
 	@echo
 	@echo "Look at the curves and samples:  $(BIN)/tensorboard --logdir runs --samples_per_plugin text=100"
 

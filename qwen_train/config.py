@@ -12,8 +12,11 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import time
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,8 +40,20 @@ def _unless(valid: bool, message: str) -> str | None:
     return None if valid else message
 
 
+def _path_problems(field: str, paths: DataPaths | None) -> Iterator[str]:
+    for path in paths if isinstance(paths, list) else [paths]:
+        # What is no list of paths or {path: weight} reaches us as the text it was given as.
+        if isinstance(path, str) and path.lstrip().startswith(("[", "{")):
+            yield f"{field}: expected a path or a list, got {path}; write it as [a.jsonl, {{b.jsonl: 2}}]"
+        for weight in path.values() if isinstance(path, dict) else ():
+            if not (math.isfinite(weight) and weight >= 0):
+                yield f"{field}: a path's weight must be a number >= 0, got {weight}; 1 is one pass an epoch"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """Which model, from where, and how it computes."""
+
     path: str = "Qwen/Qwen2.5-7B-Instruct"
     """Hub id or folder of a Qwen2 / Qwen2.5 / Qwen3 dense model."""
     revision: str | None = None
@@ -83,6 +98,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
+    """The adapter that is trained."""
+
     enabled: bool = True
     """Train a LoRA adapter; false trains every weight."""
     r: int = 64
@@ -125,6 +142,8 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Rows, and how they become tokens."""
+
     train: DataPaths = ""
     """Training rows: a file (.jsonl, .json, .parquet), a `datasets` folder or a hub id; or a list of them, where
     `path: weight` shows that source's rows `weight` times an epoch."""
@@ -154,6 +173,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _refuse(
             [
+                *(
+                    problem
+                    for name in ("train", "eval", "eval_sft")
+                    for problem in _path_problems(f"data.{name}", getattr(self, name))
+                ),
                 _unless(self.max_length > 1, f"data.max_length: must be > 1 token, got {self.max_length}; try 4096"),
                 _unless(self.workers >= 0, f"data.workers: must be >= 0, got {self.workers}; 0 uses the main process"),
             ]
@@ -162,6 +186,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
+    """What one step and one forward hold."""
+
     sequences_per_step: int = 32
     """Sequences (or pairs) of one optimizer step, over all GPUs."""
     tokens_per_microbatch: int | Literal["auto"] = "auto"
@@ -185,10 +211,12 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """How weights move."""
+
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw (fused, fp32 moments) or adamw_8bit (bitsandbytes, moments in 8 bits)."""
     lr: float = 2e-5
-    """Peak learning rate."""
+    """Peak learning rate (per step)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up, a closed form of the step."""
     warmup_ratio: float = 0.03
@@ -198,7 +226,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, of matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and the second moment."""
+    """Decay of the first and the second moment, per step."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
 
@@ -231,6 +259,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
+    """The frozen policy that a preference loss compares with."""
+
     source: Literal["auto", "adapter_off", "start_adapter", "model"] = "auto"
     """adapter_off: the model without its adapter; start_adapter: a frozen copy of the adapter that training continues;
     model: another model (`path`); auto: the one that equals the policy at step 0."""
@@ -248,6 +278,8 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    """Name, length and rhythm of the run."""
+
     name: str | None = None
     """Folder of the run inside `dir`; None: the config's stem and the time."""
     dir: str = "runs"
@@ -399,9 +431,12 @@ def _idle_fields(config: SFTConfig) -> dict[str, str]:
 
 def build_parser(config_class: type[Config]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=config_class.__doc__, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(description=config_class.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win.")
     parser.add_class_arguments(config_class)
+    for action in parser._actions:
+        if action.dest in _sections(config_class):
+            action.help = argparse.SUPPRESS  # a file for one section: `load_config` knows whole files only
     return parser
 
 
@@ -414,11 +449,15 @@ def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool 
     argv = list(argv)
     stem = config_class.__name__.removesuffix("Config").lower()
     files = [Path(path) for path in _values_of(argv, "--config")]
-    if not files and embedded:
+    by_default = not files and embedded
+    if by_default:
         files = [EMBEDDED[config_class]]
         argv = ["--config", str(files[0]), *argv]
-    in_files = set().union(*(_file_keys(path) for path in files)) if files else set()
-    on_command_line = {word.split("=")[0][2:] for word in argv if word.startswith("--") and "." in word.split("=")[0]}
+    in_files = set().union(*(_file_keys(path, config_class) for path in files)) if files else set()
+    options = [word.split("=")[0].removesuffix("+")[2:] for word in argv if word.startswith("--")]
+    on_command_line = {option for option in options if "." in option}
+    for section in _sections(config_class).keys() & set(options):
+        raise ValueError(f"{section}: is a section; give its fields, as --{section}.field value, or a file as --config")
     argv = _one_length(argv, in_files, on_command_line)
 
     parser = build_parser(config_class)
@@ -429,16 +468,27 @@ def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool 
         raise ValueError(_one_line(str(error), config_class)) from None
     config.pop("config", None)
     config = config_class(**config)
+    notices: list[str] = []
     if files and files[0] == EMBEDDED[config_class]:
         config = _from_repository(config)
+        if by_default and config_class is DPOConfig and "model.adapter" not in on_command_line:
+            config, notices = _from_tiny_sft(config)
     if config.run.name is None:
         name = f"{files[-1].stem if files else stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
 
     idle = _idle_fields(config)
     _refuse([f"{key}: has no effect, since {idle[key]}; leave it out" for key in sorted(on_command_line & idle.keys())])
-    warnings = [f"{key}: has no effect, since {idle[key]}" for key in sorted(in_files & idle.keys())]
-    return config, warnings
+    # A whole config, such as a run's own config.yaml, names every field: only what is set to something is worth a word.
+    unset = as_dict(config_class(data=DataConfig(train=config.data.train)))
+    given = as_dict(config)
+    warnings = [
+        f"{key}: has no effect, since {idle[key]}"
+        for key in sorted(in_files & idle.keys())
+        for section, name in [key.split(".")]
+        if given[section][name] != unset[section][name]
+    ]
+    return config, notices + warnings
 
 
 def _values_of(argv: Sequence[str], option: str) -> list[str]:
@@ -446,17 +496,40 @@ def _values_of(argv: Sequence[str], option: str) -> list[str]:
     return following + [word.split("=", 1)[1] for word in argv if word.startswith(f"{option}=")]
 
 
-def _file_keys(path: Path) -> set[str]:
-    """Dotted names of the fields a YAML file gives. Raises ValueError where it cannot be read."""
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error; plain YAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for position, key in enumerate(keys) if key in keys[:position]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
+    """Dotted names of the fields a YAML file gives. Raises ValueError where it cannot be read or names no field."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError:
         raise ValueError(f"--config: {path} does not exist; the shipped ones are in configs/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config: {path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config: {path} must hold sections such as `model:`, got {type(content).__name__}")
-    return {f"{section}.{name}" for section, fields in content.items() for name in (fields or {})}
+    sections, names = _sections(config_class), set()
+    for section, fields in content.items():
+        if section not in sections:
+            raise ValueError(f"{section}: no such section in {path}{_nearest(str(section), list(sections))}")
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"{section}: must hold fields, got {fields!r} in {path}; write them below it, or leave it out"
+            )
+        names |= {f"{section}.{name}" for name in fields}
+    for name in sorted(names):
+        if name not in _field_types(config_class):
+            raise ValueError(f"{name}: no such field in {path}{_nearest(name, list(_field_types(config_class)))}")
+    return names
 
 
 def _one_length(argv: list[str], in_files: set[str], on_command_line: set[str]) -> list[str]:
@@ -481,21 +554,81 @@ def _from_repository(config: Config) -> Config:
     return dataclasses.replace(config, model=model, data=data)
 
 
-def _field_names(config_class: type[SFTConfig]) -> list[str]:
-    """Dotted names of all fields."""
-    sections = {section.name: section.default_factory for section in dataclasses.fields(config_class)}
-    return [f"{name}.{f.name}" for name, kind in sections.items() for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+def _from_tiny_sft(config: Config) -> tuple[Config, list[str]]:
+    """The embedded DPO default starts from the tiny SFT run of the same `run.dir`, else from the base: what it says."""
+    adapter = Path(config.run.dir) / "tiny-sft" / "adapter"
+    if adapter.is_dir():
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=str(adapter))), []
+    path = Path(config.model.path)
+    has_weights = not path.is_dir() or any(path.glob("*.safetensors"))
+    model = dataclasses.replace(config.model, adapter=None, from_scratch=not has_weights)
+    start = config.model.path if has_weights else f"random weights of {config.model.path}"
+    notice = f"model.adapter: there is no {adapter} (launch/sft.py makes it); starting from {start}"
+    return dataclasses.replace(config, model=model), [notice]
+
+
+def _sections(config_class: type[SFTConfig]) -> dict[str, Any]:
+    """Section -> its dataclass."""
+    return {section.name: section.default_factory for section in dataclasses.fields(config_class)}
+
+
+def _field_types(config_class: type[SFTConfig]) -> dict[str, Any]:
+    """Dotted names of all fields -> their type hints."""
+    return {
+        f"{section}.{name}": hint
+        for section, kind in _sections(config_class).items()
+        for name, hint in typing.get_type_hints(kind).items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was wrong, in one line: jsonargparse speaks of parser keys and Python classes.
 
 
 def _one_line(message: str, config_class: type[SFTConfig]) -> str:
-    """jsonargparse's report as one line, with the nearest field name where a key is unknown."""
     message = " ".join(message.split())
-    names = _field_names(config_class)
-    for word in message.replace("'", " ").replace('"', " ").replace("--", " ").split():
-        near = difflib.get_close_matches(word.rstrip(".:,="), names, n=1, cutoff=0.75)
-        if near and word.rstrip(".:,=") not in names:
-            return f"{message} (did you mean {near[0]}?)"
+    hints = _field_types(config_class)
+    if match := re.match(r"(?:Parser key |argument -*)\"?(?P<name>[\w.]+)", message):
+        value = re.search(r"(?:Got|Given) value: ?(?P<value>.*)$", message)
+        got = repr(value["value"]) if value else "nothing"
+        if match["name"] in hints:
+            return f"{match['name']}: expected {_expected(hints[match['name']])}, got {got}"
+        return f"--{match['name']}: expected a file, got {got}; see --help"
+    if match := re.match(r"unrecognized arguments: (?P<word>\S+)", message):
+        name = match["word"].removeprefix("--").split("=")[0]
+        if match["word"].startswith("--"):
+            return f"{name}: no such field{_nearest(name, list(hints))}"
+        return f"command line: {name!r} belongs to no option; fields are given as --section.field value"
     return message
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return (
+        f"; did you mean {near[0]}?"
+        if near
+        else f"; there are {', '.join(names)}"
+        if len(names) < 10
+        else "; see --help"
+    )
+
+
+def _expected(hint: Any) -> str:
+    """A type hint in words."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_expected(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        return str(choices[0]) if len(choices) == 1 else f"one of {', '.join(map(str, choices))}"
+    if typing.get_origin(hint) is tuple:
+        return f"{len(typing.get_args(hint))} values such as [0.9, 0.999]"
+    if typing.get_origin(hint) is dict:
+        return "{path: weight}"
+    assert typing.get_origin(hint) is list, hint
+    return f"a list of ({_expected(typing.get_args(hint)[0])})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

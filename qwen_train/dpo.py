@@ -37,6 +37,7 @@ from qwen_train.train.reference import (
     Reference,
     audit_start,
     check_reference,
+    probe_rows,
     prove_reference,
     reference_source,
     score_pairs,
@@ -185,4 +186,4 @@ def train(config: DPOConfig, run: Run) -> None:
                 raise Interrupted(f"stopped after step {progress.step} of {total_steps}; start again to go on")
 
     # -- what the run hands over --------------------------------------------------------------------------------------
-    write_result(run, folder, model, tokenizer, config, progress)
+    write_result(run, folder, model, tokenizer, config, progress, probe=collate(probe_rows(len(data))))

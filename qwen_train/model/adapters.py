@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def read_base(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def find_base(folder: str | Path) -> str | None:
+    """The base that an adapter names: a folder, a hub id, or for a run that was moved the base beside the adapter."""
+    named = read_adapter_config(folder).base_model_name_or_path or ""
+    if Path(named).exists() and named:
+        return str(named)
+    beside = Path(folder).absolute().parent / "base"
+    if beside.is_dir():
+        return str(beside)
+    return str(named) if re.fullmatch(r"\w[\w.-]*/[\w.-]+", named) else None
+
+
 def resolve_start(config: Config) -> tuple[Config, list[str]]:
     """The config with the base of `model.adapter` as its `model.path`, and what a person should hear of the start.
 
@@ -76,17 +88,13 @@ def resolve_start(config: Config) -> tuple[Config, list[str]]:
     folder = config.model.adapter
     if folder is None:
         return config, [f"start: the base, {config.model.path}"]
-    named = read_adapter_config(folder).base_model_name_or_path or config.model.path
+    read_adapter_config(folder)
     if config.model.from_scratch:
         raise ValueError(
             f"model.from_scratch: random weights are not the base of an adapter, got model.adapter {folder}; leave one "
             "of them out"
         )
-    beside = Path(folder).absolute().parent / "base"
-    if not Path(named).exists() and beside.is_dir():
-        named = str(beside)
-    elif not Path(named).exists() and (named.count("/") != 1 or named.startswith((".", "~", "/"))):
-        named = config.model.path  # a folder that is gone: the given one has to prove that it is the same
+    named = find_base(folder) or config.model.path
     given = config.model.path
     if given != named and _weight_files(given):
         check_base(folder, given)
@@ -100,8 +108,13 @@ def resolve_start(config: Config) -> tuple[Config, list[str]]:
 
 def check_base(folder: str, path: str, revision: str | None = None) -> None:
     """Refuse (ValueError) the weights at `path` if base.json tells that the adapter was trained on others."""
-    expected = read_base(folder).get("base_sha256")
-    if expected is not None and expected != base_fingerprint(path, revision):
+    base = read_base(folder)
+    if "merged" in base and base["original_base_sha256"] == base_fingerprint(path, revision):
+        raise ValueError(
+            f"model.path: {folder} was trained on {path} with {base['merged']['adapter']} merged into it; give the "
+            "folder of that merge (launch/merge.py), or the adapter/ beside it, which holds both"
+        )
+    if "base_sha256" in base and base["base_sha256"] != base_fingerprint(path, revision):
         raise ValueError(
             f"model.path: {path} is not the base that {folder} was trained on (the weights differ); give that base, "
             f"{read_adapter_config(folder).base_model_name_or_path}, or another adapter"
@@ -218,3 +231,16 @@ def concatenate_adapters(lm: PreTrainedModel, folders: Mapping[str, Path]) -> tu
     config.use_rslora = False  # PEFT copies the first adapter's config; alpha = r has to mean a scale of 1
     config.lora_dropout = 0.0
     return model, joined
+
+
+def load_adapter(lm: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The base with an adapter on it, as whoever gets the folder loads it."""
+    read_adapter_config(folder)
+    return PeftModel.from_pretrained(lm, str(folder), is_trainable=False)
+
+
+def without_adapters(model: PeftModel) -> PreTrainedModel:
+    """The base alone again, untouched."""
+    base: nn.Module = model.unload()
+    assert isinstance(base, PreTrainedModel)
+    return base

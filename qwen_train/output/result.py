@@ -9,14 +9,24 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qwen_train.config import DataPaths, SFTConfig, as_dict
+from qwen_train.data.packing import Batch
 from qwen_train.model.adapters import base_fingerprint
 from qwen_train.model.load import PackedLM, trainable_parameters
-from qwen_train.output.export import model_card, write_adapter, write_full_model
+from qwen_train.output.export import model_card, write_adapter, write_full_model, write_model_card
+from qwen_train.output.merge import score, write_delta, write_joined
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import write_bytes_atomic, write_json_atomic
 from qwen_train.train.folder import Progress, RunFolder
 from qwen_train.train.metrics import write_status
 
+OUTCOMES = {
+    "eval/loss": "held-out loss",
+    "eval/logps/accuracies": "held-out preference accuracy (chosen is the likelier answer)",
+    "eval/rewards/accuracies": "held-out reward accuracy (chosen gained more since the start)",
+    "eval/exact_match": "right answers",
+    "eval/sft/exact_match": "right answers of the SFT evaluation",
+}
+"""What a run says of itself in the end: metric, before -> after."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -27,12 +37,15 @@ def write_result(
     tokenizer: PreTrainedTokenizerBase,
     config: SFTConfig,
     progress: Progress,
+    probe: Batch | None = None,
 ) -> None:
     """Write `adapter/` or `model/` with a model card, mark the run finished and say what came of it.
 
-    All ranks call it, since sharded weights are gathered; rank 0 writes.
+    After a start from a merged adapter `adapter/` holds both on the original base, and `adapter_delta/` this run's
+    part; `probe`, a few training rows, proves it. All ranks call it, since sharded weights are gathered; rank 0 writes.
     """
     tensors = run.whole(trainable_parameters(model))
+    expected = None if probe is None else score(model, probe)
     if not run.is_main:
         return
     lora = isinstance(model.lm, PeftModel)
@@ -56,7 +69,21 @@ def write_result(
         "lora": {"r": config.lora.r, "use_dora": config.lora.use_dora} if lora else None,
         "name": config.run.name,
     }
-    if isinstance(model.lm, PeftModel):
+    start = config.model.adapter
+    if isinstance(model.lm, PeftModel) and start is not None and config.model.adapter_start == "merge":
+        assert probe is not None and expected is not None, "a merged start is proved on rows"
+        fingerprint = base_fingerprint(base_name, config.model.revision)
+        delta = folder.path / "adapter_delta"
+        write_delta(delta, start, base_name, fingerprint, model.lm, tensors, tokenizer)
+        joined = write_joined(start, delta, target, base_name, model, tokenizer, probe, expected)
+        run.note(joined.note)
+        target = joined.folder
+        card["kind"] = "adapter" if joined.r else "merged"
+        card["lora"] = {"r": joined.r, "use_dora": False} if joined.r else None
+        card["facts"]["start"] = f"{start}, merged"
+        card["facts"]["as written against as trained (nats a token)"] = str(joined.difference)
+        write_model_card(target, **card)
+    elif isinstance(model.lm, PeftModel):
         text = model_card(target, **card)
         write_adapter(target, model.lm, tensors, tokenizer, base_name, card=text)
         write_json_atomic(target / "base.json", {"base_sha256": base_fingerprint(base_name, config.model.revision)})
@@ -64,10 +91,10 @@ def write_result(
         write_full_model(target, model.causal_lm, tensors, tokenizer, card=model_card(target, **card))
     write_bytes_atomic(folder.path / "README.md", model_card(folder.path, weights=target.name, **card).encode())
     write_status(folder.path, "finished", step=progress.step, result=str(target))
-    for name, title in (("eval/loss", "held-out loss"), ("eval/exact_match", "right answers")):
+    for name, title in OUTCOMES.items():
         if name in first and name in last:
             run.note(f"{title}: {first[name]:.3f} -> {last[name]:.3f}")
-    run.note(f"{'adapter' if lora else 'model'}: {target}")
+    run.note(f"{target.name}: {target}")
 
 
 def _paths(paths: DataPaths) -> list[str]:
