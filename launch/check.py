@@ -20,18 +20,19 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from qwen_train.config import DPOConfig, SFTConfig, load_config
+from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config
 from qwen_train.data import formats
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
 from qwen_train.data.formats import Kind, Source
 from qwen_train.data.tokenize import JudgedRow, judge_conversations, judge_preferences
+from qwen_train.model.adapters import find_base
 from qwen_train.model.load import load_tokenizer
 from qwen_train.output.check_html import html_page
 from qwen_train.output.check_view import print_examples, print_report
 
 HTML_ROWS = 12
-PIPE_WIDTH = 140
+PIPE_WIDTH = 200
 ROWS_PER_UPDATE = 500
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     splits = sources_of(config, kind)
     outputs = {"--dump": options.dump, "--html": options.html}
     refuse_overwriting({name: path for name, path in outputs.items() if path}, splits)
-    template = Template(load_tokenizer(config.model))
+    template = Template(load_tokenizer(start_of(config.model)))
     chat = ChatOptions.from_config(config.data)
     judge = judge_conversations if kind == "sft" else judge_preferences
 
@@ -117,6 +118,17 @@ def sources_of(config: SFTConfig, kind: Kind) -> dict[str, list[Source]]:
         for source in sources:
             formats.source_kind(source.path, name)
     return splits
+
+
+def start_of(model: ModelConfig) -> ModelConfig:
+    """The model whose tokenizer the training takes: the base of `model.adapter`, or `model.path`."""
+    if model.adapter is None:
+        return model
+    if not Path(model.adapter).exists():
+        print(f"warning: model.adapter: {model.adapter} is not there yet; checking with {model.path}", file=sys.stderr)
+        return model
+    base = find_base(model.adapter) or model.path
+    return model if base == model.path else replace(model, path=base, revision=None)
 
 
 def refuse_overwriting(outputs: dict[str, str], splits: dict[str, list[Source]]) -> None:

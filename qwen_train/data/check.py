@@ -552,30 +552,34 @@ def percentiles(lengths: Ints) -> dict[str, float]:
 
 
 class _Picker:
-    """Rows worth a look: the first ones, the first with each note, the longest."""
+    """Rows worth a look: the first ones, the first with each note that these lack, the longest."""
 
     def __init__(self, first: int) -> None:
         self.first = first
-        self.seen = 0
         self.picked: list[Example] = []
-        self.noted: dict[str, Example] = {}
-        self.longest: tuple[int, Example] | None = None
+        self.noted: list[Example] = []
+        self.known_notes: set[str] = {"rows_trimmed"}
+        self.longest: tuple[int, Example | None] = (0, None)
 
     def look(self, row: JudgedRow) -> None:
         if row.encoded is None or not self.first:
             return
-        self.seen += 1
-        if self.seen <= self.first:
+        new_notes = sorted(row.notes.keys() - self.known_notes)
+        self.known_notes |= row.notes.keys()
+        is_longest = row.encoded.longest > self.longest[0]
+        if len(self.picked) < self.first:
             self.picked.append(_example(row, ""))
+            if is_longest:
+                self.longest = (row.encoded.longest, None)
             return
-        for note in row.notes.keys() - self.noted.keys() - {"rows_trimmed"}:
-            self.noted[note] = _example(row, note)
-        if self.longest is None or row.encoded.longest > self.longest[0]:
-            self.longest = (row.encoded.longest, _example(row, "longest"))
+        if new_notes:
+            self.noted.append(_example(row, new_notes[0]))
+        if is_longest:
+            self.longest = (row.encoded.longest, None if new_notes else _example(row, "longest"))
 
     def examples(self) -> list[Example]:
-        others = [self.longest[1]] if self.longest else []
-        return [*self.picked, *self.noted.values(), *others]
+        longest = [self.longest[1]] if self.longest[1] else []
+        return [*self.picked, *self.noted, *longest]
 
 
 def _example(row: JudgedRow, why: str) -> Example:

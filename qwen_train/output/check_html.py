@@ -64,13 +64,14 @@ tr.info > td:first-child::before { color: var(--info); }
 .limit td { border-bottom: 2px dashed var(--error); }
 details { border-top: 1px solid var(--line); padding: 8px 0; } details:first-of-type { border-top: 0; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; } summary .soft { font-weight: 400; }
-.problems { table-layout: fixed; } .problems td:first-child { width: 36%; } .problems td:last-child { width: 17%; }
+.problems { table-layout: fixed; } .problems td:first-child { width: 30%; } .problems td:last-child { width: 17%; }
 .problems tr { content-visibility: auto; contain-intrinsic-height: 30px; }
 .place, .row { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
 .row { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--page); border-radius: 8px; padding: 10px 12px;
   margin: 8px 0; line-height: 1.55; color: var(--soft); max-height: 560px; overflow-y: auto; }
 .learnt { background: var(--learnt); color: var(--learnt-ink); border-radius: 3px; box-decoration-break: clone;
   -webkit-box-decoration-break: clone; }
+.learnt[title] { outline: 1px dashed currentColor; }
 .rejected .learnt { background: var(--refused); color: var(--refused-ink); }
 .control { color: var(--control); font-weight: 600; } .literal { border-bottom: 2px dotted var(--error); }
 .newline { opacity: .35; user-select: none; }
