@@ -244,7 +244,8 @@ def _asked_of_launcher() -> int:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
         return 1
-    if "launch" not in words[:3] or not any("accelerate" in word for word in words[:2]):
+    is_launcher = "launch" in words[:3] and any(word.endswith("accelerate") for word in words[:2])
+    if not is_launcher and "accelerate.commands.launch" not in words[:3]:
         return 1
     options = [option.replace("-", "_") for word in words for option in word.split("=", 1)]
     values = [value for word in words for value in word.split("=", 1)]

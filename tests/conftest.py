@@ -1,0 +1,43 @@
+"""For all tests: one thread a process, no hub, a token cache of the session's own, and scripts as real processes."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.scripts import ForkServer, ScriptRunner
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A `Run` in this process takes SIGTERM and SIGINT over; afterwards they are pytest's again."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def scripts() -> Iterator[ScriptRunner]:
+    """Starts launch/*.py in processes of their own, within a fraction of a second."""
+    server = ForkServer()
+    yield server
+    server.close()

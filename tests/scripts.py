@@ -1,0 +1,144 @@
+"""launch/*.py as real processes: by accelerate, or forked off one process that has imported everything already.
+
+Importing torch, transformers and peft takes 5 to 8 s; a fork of a process that has done so starts in 0.1 s and is as
+real in all that tests look at: its exit code, its output, its signals, its files.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny"
+
+SERVER = """
+import json, os, runpy, sys, traceback
+import transformers.models.qwen2.modeling_qwen2, datasets, qwen_train.sft, qwen_train.dpo
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1), os.dup2(output, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.chdir(order["folder"])
+            sys.argv = order["argv"]
+            exec(order["prelude"])
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a process ended: exit code (minus the signal that killed it), stdout and stderr together."""
+
+    code: int
+    output: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.output.splitlines()
+
+
+class ScriptRunner(Protocol):
+    def run(
+        self,
+        output: Path,
+        script: str,
+        *arguments: str,
+        meanwhile: Callable[[int], Any] | None = None,
+        prelude: str = "",
+        folder: Path = ROOT,
+    ) -> Result: ...
+
+
+class ForkServer:
+    """One process that forks the scripts off; one at a time."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+
+    def run(
+        self,
+        output: Path,
+        script: str,
+        *arguments: str,
+        meanwhile: Callable[[int], Any] | None = None,
+        prelude: str = "",
+        folder: Path = ROOT,
+    ) -> Result:
+        """Run `script` to its end; its output goes to the file `output`. `meanwhile` gets its process id at the start;
+        `prelude` is Python that the process executes first."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        argv = [str(ROOT / script), *arguments]
+        order = {"argv": argv, "output": str(output), "prelude": prelude, "folder": str(folder)}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        try:
+            if meanwhile is not None:
+                meanwhile(pid)
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            self.process.stdout.readline()
+            print(output.read_text())
+            raise
+        code = int(self.process.stdout.readline())
+        return Result(code, output.read_text())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def launch(*arguments: str, accelerate: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> Result:
+    """`accelerate launch <accelerate> <arguments>`, as a user types it."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", *accelerate, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | (environment or {}), capture_output=True, text=True, timeout=300
+    )
+    return Result(done.returncode, done.stdout + done.stderr)
+
+
+def terminate_when(condition: Callable[[], bool], number: int = signal.SIGTERM) -> Callable[[int], None]:
+    """For `meanwhile`: send the signal as soon as the condition holds."""
+
+    def watch(pid: int) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, "the moment for the signal never came"
+            time.sleep(0.002)
+        os.kill(pid, number)
+
+    return watch
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
