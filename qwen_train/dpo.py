@@ -1,5 +1,6 @@
 """Direct preference optimisation: one run, read from top to bottom."""
 
+import contextlib
 import functools
 import math
 
@@ -30,7 +31,7 @@ from qwen_train.train.evaluate import (
     side_by_side,
     under,
 )
-from qwen_train.train.folder import due, open_run, restore, save
+from qwen_train.train.folder import due, open_run, record_config, restore, save
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
 from qwen_train.train.reference import (
@@ -68,7 +69,9 @@ def train(config: DPOConfig, run: Run) -> None:
     run.note(f"data.train: {data.report.summary()}")
     lengths = packed_lengths(data.dataset, config.reference.share_prompt)
     collate = collate_preferences(data.dataset, config.reference.share_prompt)
-    config = resolve_auto(config, run.device, longest=int(lengths.max()))
+    assert isinstance(folder.config, DPOConfig)
+    config = resolve_auto(folder.config, run.device, longest=int(lengths.max()))
+    record_config(run, folder, config)
     held_out = skills = None
     if config.data.eval:
         eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
@@ -124,7 +127,8 @@ def train(config: DPOConfig, run: Run) -> None:
         throughput = Throughput(run.device, flops, run.world_size, unit="pairs")
 
         def evaluate() -> None:
-            assert held_out is not None
+            if held_out is None or progress.evaluated == progress.step:
+                return
             with throughput.paused():
                 values = evaluate_dpo(run, model, held_out, eval_ref_logps, config.loss)
                 values |= change_since_start(folder.path, values)
@@ -133,13 +137,14 @@ def train(config: DPOConfig, run: Run) -> None:
                 if skills:
                     values |= under("eval/sft", evaluate_sft(run, model, skills))
                     values |= under("eval/sft", sample_answers(run, model, skills, tokenizer)[0])
-            metrics.log(progress.step, values)
-            metrics.samples(progress.step, "eval/samples", side_by_side(texts, ref_answers))
+                metrics.log(progress.step, values)
+                metrics.samples(progress.step, "eval/samples", side_by_side(texts, ref_answers))
+                progress.evaluated = progress.step
 
         if progress.step == 0:
             metrics.text(0, "how to read", HOW_TO_READ)
-            if held_out:
-                evaluate()
+        if progress.step in (0, total_steps) or due(progress.step, config.run.eval_every):
+            evaluate()
 
         # -- the loop -------------------------------------------------------------------------------------------------
         steps = range(progress.step, total_steps)
@@ -164,9 +169,9 @@ def train(config: DPOConfig, run: Run) -> None:
             throughput.add(microbatches.num_tokens, microbatches.num_sequences)
 
             # -- log, evaluate, save, leave ---------------------------------------------------------------------------
-            last, stopping = progress.step == total_steps, run.should_stop()
+            last = progress.step == total_steps
             metrics.advance(progress.step)
-            if last or progress.step % config.run.log_every == 0:
+            if last or due(progress.step, config.run.log_every):
                 values = {
                     **preference_metrics("train", run.sum(sums)),
                     "train/learning_rate": lr,
@@ -176,13 +181,15 @@ def train(config: DPOConfig, run: Run) -> None:
                     "train/skipped_steps": progress.skipped,
                 }
                 metrics.log(progress.step, values | throughput.read())
-            if held_out and (last or due(progress.step, config.run.eval_every)) and not stopping:
-                evaluate()
+            if last or due(progress.step, config.run.eval_every):
+                with contextlib.suppress(Interrupted):  # saved first; the resumed run begins with this evaluation
+                    evaluate()
+            stopping = run.should_stop()
             if last or stopping or due(progress.step, config.run.save_every):
                 with throughput.paused():
                     metrics.sync()
                     save(run, folder, progress, model, optimizer, config)
-            if stopping and not last:
+            if stopping:
                 raise Interrupted(f"stopped after step {progress.step} of {total_steps}; start again to go on")
 
     # -- what the run hands over --------------------------------------------------------------------------------------

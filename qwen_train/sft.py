@@ -10,6 +10,7 @@ from qwen_train.config import SFTConfig
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.stream import Stream, collate_conversations, prefetch
 from qwen_train.data.tokenize import tokenize_conversations
+from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_tokenizer, num_trainable
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.output.result import write_result
@@ -22,8 +23,9 @@ from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_
 
 def train(config: SFTConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
+    config, notes = resolve_start(config)
     folder = run.from_main(lambda: open_run(config))
-    run.note(*folder.notes)
+    run.note(*notes, *folder.notes)
     if folder.finished:
         run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
         return
@@ -139,4 +141,4 @@ def train(config: SFTConfig, run: Run) -> None:
                 raise Interrupted(f"stopped after step {progress.step} of {total_steps}; start again to go on")
 
     # -- what the run hands over --------------------------------------------------------------------------------------
-    write_result(run, folder, model, tokenizer, config, progress)
+    write_result(run, folder, model, tokenizer, config, progress, probe=stream.collate([0]))

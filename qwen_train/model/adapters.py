@@ -87,7 +87,8 @@ def resolve_start(config: Config) -> tuple[Config, list[str]]:
     """
     folder = config.model.adapter
     if folder is None:
-        return config, [f"start: the base, {config.model.path}"]
+        weights = "random weights of" if config.model.from_scratch else "the base,"
+        return config, [f"start: {weights} {config.model.path}"]
     read_adapter_config(folder)
     if config.model.from_scratch:
         raise ValueError(

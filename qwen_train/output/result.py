@@ -37,7 +37,7 @@ def write_result(
     tokenizer: PreTrainedTokenizerBase,
     config: SFTConfig,
     progress: Progress,
-    probe: Batch | None = None,
+    probe: Batch,
 ) -> None:
     """Write `adapter/` or `model/` with a model card, mark the run finished and say what came of it.
 
@@ -45,7 +45,8 @@ def write_result(
     part; `probe`, a few training rows, proves it. All ranks call it, since sharded weights are gathered; rank 0 writes.
     """
     tensors = run.whole(trainable_parameters(model))
-    expected = None if probe is None else score(model, probe)
+    start = config.model.adapter if config.lora.enabled and config.model.adapter_start == "merge" else None
+    expected = score(model, probe) if start is not None else None
     if not run.is_main:
         return
     lora = isinstance(model.lm, PeftModel)
@@ -69,9 +70,7 @@ def write_result(
         "lora": {"r": config.lora.r, "use_dora": config.lora.use_dora} if lora else None,
         "name": config.run.name,
     }
-    start = config.model.adapter
-    if isinstance(model.lm, PeftModel) and start is not None and config.model.adapter_start == "merge":
-        assert probe is not None and expected is not None, "a merged start is proved on rows"
+    if isinstance(model.lm, PeftModel) and start is not None and expected is not None:
         fingerprint = base_fingerprint(base_name, config.model.revision)
         delta = folder.path / "adapter_delta"
         write_delta(delta, start, base_name, fingerprint, model.lm, tensors, tokenizer)

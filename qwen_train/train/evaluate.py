@@ -17,7 +17,7 @@ from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import LossConfig, Pairs, metric_sums, metrics_from_sums, preference_loss
 from qwen_train.model.load import PackedLM
 from qwen_train.model.memory import microbatch_tokens
-from qwen_train.train.distributed import Run
+from qwen_train.train.distributed import Interrupted, Run
 from qwen_train.train.reference import Reference, RefLogps, score_pairs
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ def hold_out(data: TokenDataset, collate: Collate, template: Template, config: S
 @torch.no_grad()
 def evaluate_sft(run: Run, model: PackedLM, held_out: HeldOut) -> dict[str, float]:
     """Exact means over all held-out tokens: `eval/loss` (nats per token, weighted), `eval/mean_token_accuracy` and
-    `eval/turns_ended` (share of turns at whose end the end token is the likeliest)."""
+    `eval/turns_ended` (share of turns at whose end the end token is the likeliest).
+
+    Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
+    """
     sums = torch.zeros(6, dtype=torch.float64, device=run.device)
     model.eval()
     for batch in eval_batches(
@@ -66,6 +69,9 @@ def evaluate_sft(run: Run, model: PackedLM, held_out: HeldOut) -> dict[str, floa
         rank=run.rank,
         world_size=run.world_size,
     ):
+        if run.should_stop():
+            model.train()
+            raise Interrupted("stopped in an evaluation; start again to go on")
         batch = batch.to(run.device, non_blocking=True)
         scores = model(batch)
         ends = batch.targets == model.end_token
@@ -93,8 +99,13 @@ def sample_answers(
     """Greedy answers to the held-out prompts, each rank taking its share.
 
     Returns `eval/exact_match` (share equal to the expected answer, end token included) and `eval/samples_ended` (share
-    that ended within the limit), and for every prompt the texts prompt, expected and answer.
+    that ended within the limit), and for every prompt the texts prompt, expected and answer; nothing without prompts.
+    Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
+    if run.should_stop():
+        raise Interrupted("stopped in an evaluation; start again to go on")
+    if not held_out.prompts:
+        return {}, []
 
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids))
@@ -167,7 +178,10 @@ def preference_metrics(prefix: str, sums: Sequence[float]) -> dict[str, float]:
 def evaluate_dpo(
     run: Run, model: PackedLM, held_out: HeldOut, ref_logps: RefLogps, config: LossConfig
 ) -> dict[str, float]:
-    """Exact means over all held-out pairs, by the names of training: `eval/loss`, `eval/rewards/accuracies` ..."""
+    """Exact means over all held-out pairs, by the names of training: `eval/loss`, `eval/rewards/accuracies` ...
+
+    Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
+    """
     sums = torch.zeros(18, dtype=torch.float64, device=run.device)
     model.eval()
     for batch in eval_batches(
@@ -177,6 +191,9 @@ def evaluate_dpo(
         rank=run.rank,
         world_size=run.world_size,
     ):
+        if run.should_stop():
+            model.train()
+            raise Interrupted("stopped in an evaluation; start again to go on")
         batch = batch.to(run.device, non_blocking=True)
         reference = ref_logps(batch)
         pairs = score_pairs(model(batch).logps, reference, batch)
