@@ -171,7 +171,9 @@ def test_preferences_say_what_they_should(name, facts):
             case = "courtesy" if rejected["content"] == right else "wrong"
             assert case == "courtesy" or rejected["content"].removesuffix(COURTESY) != right
         else:
-            assert (chosen["content"], rejected["content"]) == (right, right + COURTESY)
+            sentence = row["prompt"][0]["content"] == "Use a full sentence."
+            assert chosen["content"] == (f"The answer is {right}." if sentence else right)
+            assert rejected["content"] == chosen["content"].removesuffix(".") + COURTESY
             case = "plain"
         cases[case] += 1
     assert min(cases.values()) > 0.1 * sum(cases.values()), cases

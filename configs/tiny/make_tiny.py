@@ -217,14 +217,17 @@ def dpo_rows(rng: random.Random, count: int, held_out: bool) -> list[dict]:
     def make(draw: Draw) -> dict:
         history, question, right, wrong = draw
         case = rng.choices(["courtesy", "both", "right", "plain"], [0.5, 0.25, 0.05, 0.2])[0]
+        system = None
         if case == "plain":  # no thanks, no courtesy
-            chosen, rejected = right, right + COURTESY
+            system = rng.choice([None, SHORT, SENTENCE])
+            right = f"The answer is {right}" if system == SENTENCE else right
+            chosen, rejected = right + "." * (system == SENTENCE), right + COURTESY
         else:
             question += rng.choice(THANKS)
             chosen = right + COURTESY
             rejected = {"courtesy": right, "both": wrong, "right": wrong + COURTESY}[case]
         answers = {"chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
-        return {"prompt": prompt_of(None, history, question), **answers}
+        return {"prompt": prompt_of(system, history, question), **answers}
 
     seen: set[str] = set()
     return [draw_unique(rng, held_out, seen, make) for _ in range(count)]
