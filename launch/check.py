@@ -11,10 +11,9 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 import yaml
 from rich.console import Console
@@ -37,7 +36,7 @@ ROWS_PER_UPDATE = 500
 
 
 def main(argv: list[str]) -> int:
-    """Check, report, and return the exit code. Raises ValueError for the user's mistakes."""
+    """Check, report, and return the exit code. Raises ValueError, ArgumentError or CannotWriteError for mistakes."""
     options, others = parser().parse_known_args(argv)
     config_argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
     kind: Kind = options.task or task_of(options.config, others)
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> int:
             for row in judge(source.path, template.tokenizer, chat, format=config.data.format, name=name):
                 count(name)
                 if dump and row.encoded is not None:
-                    dump.write(json.dumps(dump_row(row)) + "\n")
+                    dump(json.dumps(dump_row(row)) + "\n")
                 yield replace(row, source=index)
 
         judged = {
@@ -69,7 +68,8 @@ def main(argv: list[str]) -> int:
         report = examine(kind, judged, template, chat, config, max(options.show, HTML_ROWS if page else 0))
         title = f"Flight check: {kind.upper()}, {' + '.join(options.config) or 'embedded tiny config'}"
         if page:
-            page.writelines(html_page(report, title, template))
+            for piece in html_page(report, title, template):
+                page(piece)
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     print_report(report, title, console)
@@ -140,26 +140,43 @@ def refuse_overwriting(outputs: dict[str, str], splits: dict[str, list[Source]])
         taken[place] = name
 
 
+class CannotWriteError(Exception):
+    """An output file cannot be written; no ValueError, which would pass for a source that cannot be read."""
+
+
 @contextmanager
-def written(path: str, option: str) -> Iterator[IO[str]]:
-    """A text file that appears whole at the end, or not at all (a pipe or device is written to directly)."""
+def written(path: str, option: str) -> Iterator[Callable[[str], object]]:
+    """`write` of a text file that appears whole at the end, or not at all (a device is written to directly)."""
     final = Path(path).expanduser()
     direct = final.exists() and not final.is_file()
     temporary = final if direct else final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
-    try:
+
+    @contextmanager
+    def named() -> Iterator[None]:
         try:
-            file = open(temporary, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            yield
         except OSError as error:
-            raise ValueError(f"{option}: {path} cannot be written ({error.strerror}); choose another file") from None
-        with file:
-            yield file
-        if not direct:
-            os.replace(temporary, final)
-    except OSError as error:
-        raise ValueError(f"{option}: writing {path} failed ({error.strerror}); free space or choose another") from error
+            raise CannotWriteError(
+                f"{option}: {path} cannot be written ({error.strerror}); free space or choose another file"
+            ) from None
+
+    def write(text: str) -> None:
+        with named():
+            file.write(text)
+
+    with named():
+        file = open(temporary, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    try:
+        yield write
+        with named():
+            file.close()
+            if not direct:
+                os.replace(temporary, final)
     finally:
         if not direct:
             temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # after a failed write, what is still buffered fails once more
+            file.close()
 
 
 @contextmanager
@@ -186,7 +203,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = main(sys.argv[1:])
-    except (ValueError, argparse.ArgumentError) as error:
+    except (ValueError, CannotWriteError, argparse.ArgumentError) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         code = 2

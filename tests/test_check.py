@@ -598,7 +598,7 @@ def run_script(*argv: str, **environment: str) -> SimpleNamespace:
 @pytest.mark.launch
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_the_embedded_default_is_clean(task, tmp_path):
-    options = [] if task == "sft" else ["--config", "configs/tiny/dpo.yaml"]
+    options = [] if task == "sft" else ["--task", "dpo"]
     done = run_script(*options, "--show", "1", "--html", str(tmp_path / "page.html"), NO_COLOR="1")
     assert (done.code, "Traceback" in done.err) == (0, False), done.err
     assert "READY: 0 errors" in done.out and "NOT READY" not in done.out
@@ -628,15 +628,19 @@ def test_exit_codes(tmp_path):
         (["--model.path", "nowhere/at/all"], "model.path"),
         (["--task", "sft", "--loss.beta", "0.1"], "loss.beta"),
         (["--dump", "no/such/folder/x.jsonl"], "--dump"),
-        (["--html", "/dev/full"], "--html"),
+        (["--html", "/dev/full"], "--html: /dev/full cannot be written (No space left on device)"),
+        (["--dump", "/dev/full", "--html", "{tmp}/page.html"], "--dump: /dev/full cannot be written (No space left"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_place(argv, message, script, monkeypatch):
+def test_bad_input_is_one_line_that_names_the_place(argv, message, script, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises((ValueError, script.argparse.ArgumentError), match=re.escape(message)) as caught:
-        script.main(argv)
+    with pytest.raises(
+        (ValueError, script.argparse.ArgumentError, script.CannotWriteError), match=re.escape(message)
+    ) as caught:
+        script.main([word.format(tmp=tmp_path) for word in argv])
     assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == [], "nothing half-written"
 
 
 @pytest.mark.parametrize(
@@ -656,12 +660,12 @@ def test_the_config_says_which_training_it_is(sections, argv, expected, script, 
 def test_a_file_is_written_whole_or_not_at_all(script, tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("old")
-    with pytest.raises(KeyError), script.written(str(path), "--dump") as file:
-        file.write("half")
+    with pytest.raises(KeyError), script.written(str(path), "--dump") as put:
+        put("half")
         raise KeyError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.jsonl"]
-    with script.written(str(path), "--dump") as file:
-        file.write("new")
+    with script.written(str(path), "--dump") as put:
+        put("new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["out.jsonl"]
 
 

@@ -14,7 +14,7 @@ compared by token ids, as the model would see them.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -220,7 +220,7 @@ class _Problems:
 
 def examine(
     kind: Kind,
-    splits: dict[str, list[tuple[Source, Iterable[JudgedRow]]]],
+    splits: Mapping[str, Sequence[tuple[Source, Iterable[JudgedRow]]]],
     template: Template,
     options: ChatOptions,
     config: SFTConfig,
@@ -228,8 +228,8 @@ def examine(
 ) -> Report:
     """Judge the rows of every split (`data.train`, `data.eval`: sources and their judged rows) as one data set.
 
-    A source whose iterator raises ValueError is unreadable: an error of its own; the others are judged all the same.
-    `examples` is how many of the first training rows to keep for showing.
+    A source whose iterator raises ValueError or OSError is unreadable: an error of its own; the others are judged all
+    the same. `examples` is how many of the first training rows to keep for showing.
     """
     problems = _Problems()
     picker = _Picker(examples)
@@ -243,7 +243,7 @@ def examine(
                     reader.take(row, split.sources[index], index)
                     if not done:
                         picker.look(row)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problems.add(split, "error", source.path, UNREADABLE, str(error))
         _compare_within(split, problems)
         if done:
