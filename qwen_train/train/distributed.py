@@ -60,8 +60,14 @@ class Run:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        asked = int(os.environ.get("WORLD_SIZE") or _asked_of_launcher())
         # Mixed precision is our own affair (masters in fp32, compute in bf16), so accelerate's autocast stays off.
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+        # Without a GPU accelerate must be told of the CPU, or it starts no process group whatever its YAML says.
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        )
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.rank == 0
@@ -69,7 +75,6 @@ class Run:
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.seed = seed
         self._preparations = 0
-        asked = int(os.environ.get("WORLD_SIZE") or _asked_of_launcher())
         if asked != self.world_size:
             raise ValueError(
                 f"accelerate: {asked} processes were asked for and {self.world_size} started; on the CPU use "
