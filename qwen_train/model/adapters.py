@@ -41,17 +41,19 @@ def read_adapter_config(folder: str | Path) -> Any:
             "give the adapter/ folder of a run, or leave it out to start from the base"
         )
     try:
-        config = PeftConfig.from_pretrained(str(path))
-    except (ValueError, TypeError, KeyError) as error:
+        start = str(json.loads((path / "adapter_config.json").read_text()).get("init_lora_weights", True)).lower()
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"model.adapter: {path / 'adapter_config.json'} cannot be read: {error}") from None
-    start = str(getattr(config, "init_lora_weights", True)).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq")):
         raise ValueError(
             f"model.adapter: {folder} was initialised by {start}, which rewrote the base, so switching the adapter "
             "off does not give the base back; convert it to a plain LoRA first (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
-    return config
+    try:
+        return PeftConfig.from_pretrained(str(path))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"model.adapter: {path / 'adapter_config.json'} cannot be read: {error}") from None
 
 
 def adapter_sha256(folder: str | Path) -> str:
@@ -95,10 +97,10 @@ def resolve_start(config: Config) -> tuple[Config, list[str]]:
             f"model.from_scratch: random weights are not the base of an adapter, got model.adapter {folder}; leave one "
             "of them out"
         )
-    named = find_base(folder) or config.model.path
     given = config.model.path
-    if given != named and _weight_files(given):
-        check_base(folder, given)
+    named = find_base(folder)
+    if named is None or (given != named and _weight_files(given)):
+        check_base(folder, given, config.model.revision)
         named = given
     notes = [f"start: {folder}, {config.model.adapter_start}d, on {named}".replace("continued", "to be continued")]
     if named == given:

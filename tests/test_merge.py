@@ -1,0 +1,218 @@
+"""Adapters and their bases: merge starts, two adapters as one, launch/merge.py, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qwen_train.data.packing import Batch
+from qwen_train.model.adapters import base_fingerprint, check_template, concatenate_adapters, resolve_start
+from qwen_train.model.load import load_tokenizer, load_trainable
+from qwen_train.output.merge import load_plainly, packed, score
+from tests.preferences import (
+    batch_of,
+    dpo_config,
+    edit_adapter,
+    edit_json,
+    few_pairs,
+    load,
+    make_start,
+    pairs_of,
+    run_dpo,
+)
+from tests.scripts import ScriptRunner, read_metrics
+
+TOLERANCE = 1e-5  # nats, fp32
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, scripts: ScriptRunner, cache_dir: Path) -> Path:
+    return make_start(scripts, tmp_path_factory.mktemp("sft"), cache_dir)
+
+
+@pytest.fixture(scope="module")
+def base(start: Path) -> str:
+    return str(start.parent / "base")
+
+
+@pytest.fixture(scope="module")
+def batch(start: Path, base: str, tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Batch:
+    data = pairs_of(dpo_config("--model.path", base), few_pairs(tmp_path_factory.mktemp("pairs")), cache_dir)
+    return batch_of(data, range(6), share_prompt=False)
+
+
+@pytest.fixture(scope="module")
+def dpo(start: Path, tmp_path_factory: pytest.TempPathFactory, scripts: ScriptRunner, cache_dir: Path) -> Path:
+    """The run folder of a DPO run that started from the merged SFT adapter and moved far."""
+    folder = tmp_path_factory.mktemp("dpo")
+    done = run_dpo(scripts, start, folder, cache_dir, "--optim.lr", "3e-3")
+    assert done.code == 0, done.output
+    assert "as one adapter of" in done.output
+    return folder / "tiny-dpo"
+
+
+def plain(base: str, adapter: Path | None, batch: Batch) -> Tensor:
+    """Log-probabilities by what anybody loads: transformers, PEFT, and a full softmax over each plain sequence."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    model.eval()
+    logps = []
+    for begin, end in zip(batch.cu_seqlens_q[:-1].tolist(), batch.cu_seqlens_q[1:].tolist(), strict=True):
+        with torch.no_grad():
+            logps.append(model(batch.input_ids[None, begin:end]).logits[0].log_softmax(-1))
+    return torch.cat(logps)[batch.target_positions, batch.targets]
+
+
+def trained(dpo: Path, start: Path, base: str, batch: Batch) -> Tensor:
+    """The trained policy, put together as it was trained: the SFT adapter merged, the checkpoint's weights upon it."""
+    model = load(dpo_config("--model.path", base, "--model.adapter", str(start), "--lora.r", "8"))
+    (checkpoint,) = (dpo / "checkpoints").iterdir()
+    load_trainable(model, load_file(checkpoint / "model.safetensors"))
+    return score(model, batch)
+
+
+def gap(left: Tensor, right: Tensor) -> float:
+    return float((left.double() - right.double()).abs().max())
+
+
+def test_a_merge_start_is_the_adapters_policy(start: Path, base: str, batch: Batch) -> None:
+    model = load(dpo_config("--model.path", base, "--model.adapter", str(start)))
+    assert gap(score(model, batch), plain(base, start, batch)) <= TOLERANCE
+    assert gap(score(model, batch), plain(base, None, batch)) > 1e-2, "the adapter changes something"
+
+
+def test_the_adapter_of_a_merge_start_holds_both_for_whoever_loads_it_plainly(
+    dpo: Path, start: Path, base: str, batch: Batch
+) -> None:
+    policy = trained(dpo, start, base, batch)
+    assert gap(plain(base, dpo / "adapter", batch), policy) <= TOLERANCE
+    assert gap(plain(base, dpo / "adapter_delta", batch), policy) > 1e-2, "the DPO part alone is another model"
+    assert gap(plain(base, start, batch), policy) > 1e-2
+    config = json.loads((dpo / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4 + 8, 4 + 8, False)
+    assert json.loads((dpo / "adapter" / "base.json").read_text()) == {"base_sha256": base_fingerprint(base)}
+    delta = json.loads((dpo / "adapter_delta" / "base.json").read_text())
+    assert delta["merged"]["adapter"] == str(start) and len(delta["merged"]["adapter_sha256"]) == 64
+    names = {file.name for file in (dpo / "adapter").iterdir()}
+    assert {"README.md", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"} <= names
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_concatenation_keeps_every_scale(rslora: bool, dpo: Path, start: Path, base: str, batch, tmp_path) -> None:
+    """PEFT copies the first adapter's config, rank-stabilised scale included; ours must still be 1."""
+    sft = edit_adapter(start, tmp_path / "sft", lambda name, tensor: tensor)
+    edit_json(sft / "adapter_config.json", use_rslora=rslora, lora_alpha=3)
+    joined, name = concatenate_adapters(load_plainly(base, torch.float32, CPU), {"a": sft, "b": dpo / "adapter_delta"})
+    joined.save_pretrained(str(tmp_path / "out"), selected_adapters=[name])
+    alone = load_plainly(base, torch.float32, CPU)
+    merged = PeftModel.from_pretrained(alone, str(sft)).merge_and_unload()
+    merged = PeftModel.from_pretrained(merged, str(dpo / "adapter_delta")).merge_and_unload()
+    expected = score(packed(merged, load_tokenizer(dpo_config("--model.path", base).model)), batch)
+    assert gap(plain(base, tmp_path / "out" / name, batch), expected) <= TOLERANCE
+
+
+@pytest.mark.launch
+def test_dora_is_written_merged(start: Path, base: str, batch, tmp_path, scripts, cache_dir) -> None:
+    done = run_dpo(scripts, start, tmp_path, cache_dir, "--lora.use_dora", "true", "--optim.lr", "3e-3")
+    assert done.code == 0, done.output
+    folder = tmp_path / "tiny-dpo"
+    assert not (folder / "adapter").exists() and (folder / "adapter_delta").exists()
+    assert "DoRA adapters cannot be concatenated" in done.output
+    (note,) = [line for line in done.lines if line.startswith("model/:")]
+    assert float(note.split("policy by ")[1].split()[0]) <= TOLERANCE
+    assert gap(plain(str(folder / "model"), None, batch), plain(base, start, batch)) > 1e-2
+
+
+# --- Which base
+
+
+def test_the_base_is_the_adapters_own(start: Path, base: str, tmp_path: Path) -> None:
+    config, notes = resolve_start(dpo_config("--model.path", "anything", "--model.adapter", str(start)))
+    assert config.model.path == base and notes == [f"start: {start}, merged, on {base}"]
+    moved = shutil.copytree(start.parent, tmp_path / "moved")
+    edit_json(moved / "adapter" / "adapter_config.json", base_model_name_or_path="runs/gone/base")
+    config, _ = resolve_start(dpo_config("--model.path", "x", "--model.adapter", str(moved / "adapter")))
+    assert config.model.path == str(moved / "base")
+
+
+def test_another_base_is_refused_by_its_weights(start: Path, base: str, dpo: Path, tmp_path: Path) -> None:
+    same = shutil.copytree(base, tmp_path / "same")
+    config, _ = resolve_start(dpo_config("--model.path", str(same), "--model.adapter", str(start)))
+    assert config.model.path == str(same), "the same weights in another place"
+    other = load_plainly(base, torch.float32, CPU)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"is not the base that .* was trained on"):
+        resolve_start(dpo_config("--model.path", str(tmp_path / "other"), "--model.adapter", str(start)))
+    with pytest.raises(ValueError, match="merged into it; give the folder of that merge"):
+        resolve_start(dpo_config("--model.path", base, "--model.adapter", str(dpo / "adapter_delta")))
+
+
+def test_an_adapter_of_another_template_is_refused(start: Path) -> None:
+    template = (start / "chat_template.jinja").read_text()
+    check_template(str(start), template)
+    with pytest.raises(ValueError, match=r"differs from the chat template of model.path's tokenizer"):
+        check_template(str(start), template.replace("user", "human") + "x")
+
+
+# --- launch/merge.py
+
+
+def merge(scripts: ScriptRunner, tmp_path: Path, *arguments: str):
+    return scripts.run(tmp_path / "merge.txt", "launch/merge.py", *arguments)
+
+
+@pytest.mark.launch
+def test_a_round_is_sft_dpo_merge_and_the_next_dpo(
+    dpo: Path, start: Path, base: str, batch: Batch, tmp_path: Path, scripts: ScriptRunner, cache_dir: Path
+) -> None:
+    out = tmp_path / "merged"
+    rows = few_pairs(tmp_path, 3)
+    done = merge(scripts, tmp_path, "--adapter", str(dpo / "adapter"), "--out", str(out), "--rows", str(rows))
+    assert done.code == 0, done.output
+    (line,) = [line for line in done.lines if line.startswith("merged against adapter:")]
+    assert float(line.split()[3]) <= TOLERANCE
+    policy = trained(dpo, start, base, batch)
+    assert gap(plain(str(out), None, batch), policy) <= TOLERANCE
+    card = (out / "README.md").read_text()
+    assert "merged against adapter, mean difference" in card and "base_model_relation: finetune" in card
+    files = {file.name for file in out.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= files
+    assert all(name.endswith((".safetensors", ".json", ".jinja", ".md", ".txt")) for name in files)
+
+    again = run_dpo(scripts, None, tmp_path / "round2", cache_dir, "--model.path", str(out))
+    assert again.code == 0, again.output
+    end, first = read_metrics(dpo)[-1], read_metrics(tmp_path / "round2" / "tiny-dpo")[0]
+    assert first["eval/logps/chosen"] == pytest.approx(end["eval/logps/chosen"], abs=1e-4)
+    assert first["eval/rewards/margins"] == pytest.approx(0, abs=1e-6)
+    merged_sft = tmp_path / "merged-sft"
+    assert merge(scripts, tmp_path, "--adapter", str(start), "--out", str(merged_sft)).code == 0
+    delta = plain(str(merged_sft), dpo / "adapter_delta", batch)
+    assert gap(delta, policy) <= TOLERANCE, "the DPO part on the merged folder gives the same"
+
+
+@pytest.mark.launch
+def test_merging_refuses_in_one_line(dpo: Path, base: str, start: Path, tmp_path, scripts) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    for arguments, message in [
+        (("--adapter", str(tmp_path), "--out", str(tmp_path / "o")), "is not an adapter folder"),
+        (("--adapter", str(start), "--out", str(tmp_path / "full")), "exists already"),
+        (("--adapter", str(start), "--out", str(tmp_path / "o"), "--rows", str(tmp_path / "rows.jsonl")), "no usable"),
+        (("--adapter", str(dpo / "adapter_delta"), "--out", str(tmp_path / "o")), "say where it is"),
+        (("--adapter", str(dpo / "adapter_delta"), "--out", str(tmp_path / "o"), "--base", base), "merged into it"),
+    ]:
+        done = merge(scripts, tmp_path, *arguments)
+        errors = [line for line in done.lines if line.startswith("error:")]
+        assert done.code == 2 and len(errors) == 1 and message in errors[0], done.output
+        assert not (tmp_path / "o").exists()
