@@ -20,9 +20,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_signals() -> Iterator[None]:
-    """A `Run` in this process takes SIGTERM and SIGINT over; afterwards they are pytest's again."""
+    """A `Run` in this process takes SIGTERM and SIGINT over; after the file they are pytest's again."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield
