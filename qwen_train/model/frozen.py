@@ -95,7 +95,7 @@ def quantize_fp8(weight: Tensor) -> list[Tensor]:
     stored = []
     for matrix in (weight, weight.T):
         values, scale = round_rows(matrix.float())
-        stored += [values, scale.T.contiguous()]
+        stored += [values.contiguous(), scale.T.contiguous()]
     return stored
 
 

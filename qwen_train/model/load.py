@@ -4,6 +4,7 @@
 compilation and activation checkpointing. PEFT is spoken to here only.
 """
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ from qwen_train.model.adapters import (
 )
 from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
 from qwen_train.model.logprobs import TokenScores, token_logprobs
-from qwen_train.model.lora import fuse_lora
+from qwen_train.model.lora import fuse_lora, skip_last_product
 from qwen_train.model.memory import checkpoint_layers
 
 if TYPE_CHECKING:
@@ -280,11 +281,12 @@ def load_model(
     layers = list(model.causal_lm.model.layers)
     if config.lora.enabled:
         fuse_lora(layers, fp8=config.model.quantization == "fp8", share_storage=not sharded)
-    if config.model.compile:
-        compile_layers(layers)
     count = config.model.checkpoint_layers
     assert count != "auto", "resolve_auto comes before load_model"
-    checkpoint_layers(layers, count, dropout=config.lora.enabled and config.lora.dropout > 0)
+    for layer in checkpoint_layers(layers, count, dropout=config.lora.enabled and config.lora.dropout > 0):
+        skip_last_product(layer)
+    if config.model.compile:
+        compile_layers(layers)
     return model.train()  # transformers loads in evaluation mode
 
 
@@ -366,6 +368,13 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
     Token, sequence and key counts are marked dynamic from the start; otherwise the first two micro-batches would each
     compile everything, and every further length until then too.
     """
+    # Policy and reference must round alike, though one graph keeps activations and the other does not.
+    torch._inductor.config.emulate_precision_casts = True
+    # torch's cache of compiled graphs does not see the backward of our own operations: let it see the code.
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    torch.compiler.config.cache_key_tag = hashlib.sha256(sources).hexdigest()
+    # The checkpoint lies inside the compiled layer; lora.py hands outputs from one projection to the next.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for layer in layers:
         layer.forward = _with_dynamic_lengths(torch.compile(layer.forward))
 

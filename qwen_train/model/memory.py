@@ -38,16 +38,19 @@ def microbatch_tokens(config: SFTConfig) -> int:
     return config.batch.tokens_per_microbatch
 
 
-def checkpoint_layers(layers: Sequence[nn.Module], count: int, dropout: bool) -> None:
-    """Make `count` of the decoder layers, evenly spread, recompute their activations in backward.
+def checkpoint_layers(layers: Sequence[nn.Module], count: int, dropout: bool) -> list[nn.Module]:
+    """Make `count` of the decoder layers, evenly spread, recompute their activations in backward; returns those.
 
-    The forward of the instance is wrapped, so parameter names stay as they are, a compiled layer is recomputed by its
-    compiled code and FSDP2's hooks stay outside. With `dropout` the generator's state is kept for the recomputation:
-    accelerate's own FSDP2 checkpointing does not, and then backward sees other masks than forward did.
+    The forward of the instance is wrapped, so parameter names stay as they are and FSDP2's hooks stay outside. Layers
+    are compiled afterwards, with the recomputation inside, so that it computes no more than backward needs. With
+    `dropout` the generator's state is kept for the recomputation: accelerate's own FSDP2 checkpointing does not, and
+    then backward sees other masks than forward did.
     """
-    for index in range(min(count, len(layers))):
-        layer = layers[index * len(layers) // min(count, len(layers))]
+    count = min(count, len(layers))
+    chosen = [layers[index * len(layers) // count] for index in range(count)]
+    for layer in chosen:
         layer.forward = _recomputing(layer.forward, preserve_rng_state=dropout)
+    return chosen
 
 
 def _recomputing(forward: Any, preserve_rng_state: bool) -> Any:

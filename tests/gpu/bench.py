@@ -11,6 +11,7 @@ pairs a second, peak memory, seconds to the first step, compiled graphs. Warm-up
 import argparse
 import gc
 import json
+import re
 import statistics
 import sys
 import time
@@ -166,7 +167,7 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
                 run.backward(-(model(batch).logps * batch.weights).sum() / microbatches.total_weight)
             sync()
         table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90)
-        (Path(args.out) / f"profile-{args.label.replace(':', '_').replace('=', '')[:60]}.txt").write_text(table)
+        (Path(args.out) / f"profile-{re.sub('[^a-z0-9]+', '-', args.label)}.txt").write_text(table)
     return result
 
 
