@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -67,7 +68,7 @@ def write_result(
         },
         "metrics": last,
         "datasets": _paths(config.data.train),
-        "lora": {"r": config.lora.r, "use_dora": config.lora.use_dora} if lora else None,
+        "lora": None,
         "name": config.run.name,
     }
     if isinstance(model.lm, PeftModel) and start is not None and expected is not None:
@@ -83,11 +84,14 @@ def write_result(
         card["facts"]["as written against as trained (nats a token)"] = str(joined.difference)
         write_model_card(target, **card)
     elif isinstance(model.lm, PeftModel):
+        adapter: Any = model.lm.peft_config["default"]  # an adapter that was continued has its own rank
+        card["lora"] = {"r": adapter.r, "use_dora": adapter.use_dora}
         text = model_card(target, **card)
         write_adapter(target, model.lm, tensors, tokenizer, base_name, card=text)
         write_json_atomic(target / "base.json", {"base_sha256": base_fingerprint(base_name, config.model.revision)})
     else:
-        write_full_model(target, model.causal_lm, tensors, tokenizer, card=model_card(target, **card))
+        dtype = getattr(torch, config.model.dtype)
+        write_full_model(target, model.causal_lm, tensors, tokenizer, dtype=dtype, card=model_card(target, **card))
     write_bytes_atomic(folder.path / "README.md", model_card(folder.path, weights=target.name, **card).encode())
     write_status(folder.path, "finished", step=progress.step, result=str(target))
     for name, title in OUTCOMES.items():
