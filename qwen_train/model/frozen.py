@@ -2,23 +2,23 @@
 
     forward   y[T, O] = x[T, I] W[O, I]^T + bias        backward   dx[T, I] = dy[T, O] W[O, I]
 
-dense: W as it is. nf4: 4-bit NormalFloat in blocks of 64, their scales in 8 bits (Dettmers et al. 2023,
-arXiv:2305.14314), written out once per use. fp8: e4m3 with one scale a row; x and dy are rounded row by row on the
-way in, and W lies in memory twice, since the tensor cores want the summed dimension to be contiguous.
+dense: W as it is; wide: with the columns of lora.py's `_wide_product` beside it. nf4: 4-bit NormalFloat in blocks of
+64, their scales in 8 bits (Dettmers et al. 2023, arXiv:2305.14314), written out once per use. fp8: e4m3 with one scale
+a row; x and dy are rounded row by row on the way in, and W lies in memory twice, since the tensor cores want the summed
+dimension to be contiguous.
 
 A form is a list of tensors and not a class, so that it can pass through an operation that torch.compile does not open.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max  # 448
+from qwen_train.model.kernels import round_rows
+
 NF4_TENSORS = 5
 NF4_BLOCK = 64
 
@@ -27,7 +27,7 @@ def out_features(frozen: Sequence[Tensor], kind: str, in_features: int) -> int:
     """O of the group."""
     if kind == "nf4":
         return sum(packed.numel() * 2 // in_features for packed in frozen[::NF4_TENSORS])
-    return frozen[0].shape[0] if kind == "fp8" else sum(weight.shape[0] for weight in frozen)
+    return frozen[0].shape[0] if kind in ("fp8", "wide") else sum(weight.shape[0] for weight in frozen)
 
 
 def forward_product(x: Tensor, frozen: Sequence[Tensor], kind: str, bias: Tensor | None) -> Tensor:
@@ -49,6 +49,8 @@ def backward_product(grad: Tensor, frozen: Sequence[Tensor], kind: str, in_featu
     if kind == "fp8":
         _, _, transposed, scale = frozen
         return fp8_product(grad, transposed, scale)
+    if kind == "wide":
+        return grad @ frozen[0][:, :in_features]
     if kind == "dense" and len(frozen) > 1:
         grad_x = grad.new_zeros(grad.shape[0], in_features)
         for part, weight in zip(grad.split([weight.shape[0] for weight in frozen], dim=1), frozen, strict=True):
@@ -99,21 +101,10 @@ def quantize_fp8(weight: Tensor) -> list[Tensor]:
     return stored
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x[n, m] -> its rows in e4m3 [n, m] and their scales, fp32 [n, 1]: x is about values * scale."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
-    return (x.float() / scale).to(FP8), scale
-
-
-@cache
-def _compiled_round_rows() -> Any:
-    return torch.compile(round_rows, dynamic=True)
-
-
 def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x[n, m] @ weight[o, m]^T with x rounded to e4m3 row by row; scale[1, o] is the weight's. In x's dtype."""
     if not x.is_cuda:  # the same arithmetic, for tests
         values, x_scale = round_rows(x)
         return ((values.float() * x_scale) @ (weight.float() * scale.T).T).to(x.dtype)
-    values, x_scale = _compiled_round_rows()(x)
+    values, x_scale = round_rows(x)
     return torch._scaled_mm(values, weight.T, scale_a=x_scale, scale_b=scale, out_dtype=x.dtype, use_fast_accum=True)

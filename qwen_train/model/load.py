@@ -39,7 +39,7 @@ from qwen_train.model.adapters import (
 )
 from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
 from qwen_train.model.logprobs import TokenScores, token_logprobs
-from qwen_train.model.lora import fuse_lora, skip_last_product
+from qwen_train.model.lora import fuse_lora, fuse_norms, skip_last_product
 from qwen_train.model.memory import checkpoint_layers
 
 if TYPE_CHECKING:
@@ -281,6 +281,8 @@ def load_model(
     layers = list(model.causal_lm.model.layers)
     if config.lora.enabled:
         fuse_lora(layers, fp8=config.model.quantization == "fp8", share_storage=not sharded)
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        fuse_norms([*norms, model.causal_lm.model.norm])
     count = config.model.checkpoint_layers
     assert count != "auto", "resolve_auto comes before load_model"
     for layer in checkpoint_layers(layers, count, dropout=config.lora.enabled and config.lora.dropout > 0):

@@ -8,7 +8,8 @@ per use, the A's of a group read the input together, the adapter's product is ad
 needs is saved once. Gradients of A and B come out in fp32.
 
 The modules, their names and what is written to disk stay PEFT's: `fuse_lora` only gives PEFT's Linear layers another
-class. DoRA, dropout > 0 and layers of other kinds keep PEFT's forward.
+class. DoRA, dropout > 0 and layers of other kinds keep PEFT's forward. With them come the feed-forward's product and
+the norms, as single operations (kernels.py).
 
 Letters: T tokens, I input features, O output features (of a group: summed), R ranks (summed).
 """
@@ -18,10 +19,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwen_train.model.frozen import backward_product, forward_product, nf4_tensors, out_features, quantize_fp8
+from qwen_train.model.kernels import rms_norm, swiglu
 
 GROUPS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -50,7 +53,13 @@ def lora_linear(
     """x[T, I], the group's A's [r, I] and B's [o, r] -> y[T, O], and x A^T [T, R] for the backward if `keep_low`.
 
     Without adapters (no A's) it is the frozen product alone: bit for bit what adapters with B = 0 give.
+
+    kind `wide`: the frozen weight is stored as [W | s B], [O, I + R], and the product with [x | x A^T] is one GEMM with
+    a longer sum; the second result is [x | x A^T]. It pays where outputs are wide (gate|up: adding the adapter's part
+    to them costs 7 % of the product), and the columns of B are written anew each time, as they cost nothing.
     """
+    if kind == "wide":
+        return _wide_product(x, frozen[0], bias, a, b, scale)
     y = forward_product(x, frozen, kind, bias)
     if not a:
         return y, x.new_empty(0)
@@ -72,7 +81,27 @@ def _(
     keep_low: bool,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], out_features(frozen, kind, x.shape[1]))
+    if kind == "wide":
+        return y, x.new_empty(x.shape[0], frozen[0].shape[1]) if a else x.new_empty(0)
     return y, x.new_empty(x.shape[0], sum(matrix.shape[0] for matrix in a)) if a and keep_low else x.new_empty(0)
+
+
+def _wide_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    width = x.shape[1]
+    extended = x.new_empty(x.shape[0], weight.shape[1])
+    extended[:, :width] = x
+    if not a:  # zeros and not a shorter sum: the reference then rounds as the policy does
+        extended[:, width:] = 0
+        return F.linear(extended, weight, bias), x.new_empty(0)
+    torch.mm(x, _stacked(a, x.dtype).T, out=extended[:, width:])
+    row = 0
+    # `.data`: the columns of B are this operation's own, and no saved tensor's version should count them.
+    for block, matrix in zip(_columns(weight.data[:, width:], b), b, strict=True):
+        block[row : row + matrix.shape[0]] = matrix * scale
+        row += matrix.shape[0]
+    return F.linear(extended, weight, bias), extended
 
 
 @torch.library.custom_op("qwen_train::lora_linear_backward", mutates_args=())
@@ -117,18 +146,23 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, frozen, kind, _, a, b, scale, keep_low = inputs
     # Without `keep_low` no output of the operation is saved, so a recomputation has no use for it.
-    ctx.save_for_backward(x, *frozen, *a, *b, *([output[1]] if keep_low else []))
+    saved = [output[1]] if kind == "wide" else [x, output[1]] if keep_low else [x]
+    ctx.save_for_backward(*frozen, *a, *b, *saved)
+    ctx.in_features = x.shape[1]
     ctx.sizes = len(frozen), len(a)
     ctx.kind, ctx.scale = kind, scale
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_low: Tensor | None) -> tuple[Any, ...]:
     num_frozen, num_adapters = ctx.sizes
-    x, *rest = ctx.saved_tensors
+    rest = list(ctx.saved_tensors)
     frozen, rest = rest[:num_frozen], rest[num_frozen:]
-    a, b, kept = rest[:num_adapters], rest[num_adapters : 2 * num_adapters], rest[2 * num_adapters :]
+    a, b, (x, *kept) = rest[:num_adapters], rest[num_adapters : 2 * num_adapters], rest[2 * num_adapters :]
     assert a, "a backward through the bare base needs no LoRA operation"
-    low = kept[0] if kept else x.new_empty(0)
+    if ctx.kind == "wide":
+        x, low = x.split([ctx.in_features, x.shape[1] - ctx.in_features], dim=1)
+    else:
+        low = kept[0] if kept else x.new_empty(0)
     grad_x, grad_a, grad_b = lora_linear_backward(grad.contiguous(), x, low, frozen, ctx.kind, a, b, ctx.scale)
     grads_a = [part.to(matrix.dtype) for part, matrix in zip(grad_a.split([m.shape[0] for m in a]), a, strict=True)]
     parts_b = grad_b.split([matrix.numel() for matrix in b])
@@ -186,6 +220,11 @@ def _grouped_forward(member: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
 
 
 def _all_outputs(leader: Any, x: Tensor) -> tuple[Tensor, ...]:
+    return _group_output(leader, x).split([member.out_features for member in leader.members], dim=-1)
+
+
+def _group_output(leader: Any, x: Tensor) -> Tensor:
+    """Outputs of the whole group side by side, [..., O]."""
     members, adapter = leader.members, leader.active_adapters[0]
     enabled = not leader._disable_adapters
     a = [member.lora_A[adapter].weight for member in members] if enabled else []
@@ -198,7 +237,18 @@ def _all_outputs(leader: Any, x: Tensor) -> tuple[Tensor, ...]:
     y, _ = lora_linear(
         x.reshape(-1, x.shape[-1]), frozen, leader.kind, leader.frozen_bias, a, b, scale, leader.keep_low
     )
-    return y.view(*x.shape[:-1], -1).split([member.out_features for member in members], dim=-1)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)), gate|up as one tensor."""
+    gate_up = _group_output(mlp.gate_proj, x)
+    return mlp.down_proj(swiglu(gate_up.view(-1, gate_up.shape[-1])).view(*x.shape[:-1], -1))
+
+
+def _norm_forward(norm: Any, x: Tensor) -> Tensor:
+    y, _ = rms_norm(x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon)
+    return y.view_as(x)
 
 
 def skip_last_product(layer: nn.Module) -> None:
@@ -211,10 +261,24 @@ def skip_last_product(layer: nn.Module) -> None:
         leader.__dict__["keep_low"] = False
 
 
+def _put_forward(module: Any, forward: Any) -> None:
+    """Give an existing module another forward through its class: torch.compile then sees the same code in every layer.
+
+    A forward set on each instance would be another function to it, and cost a compilation a layer.
+    """
+    module.__class__ = _with_forward(module.__class__, forward)
+
+
 @cache
-def _grouped(kind: Any) -> type:
-    """The class of a PEFT layer (dense or 4-bit) with the group's forward; it has no __init__, layers are given it."""
-    return type(f"Grouped{kind.__name__}", (kind,), {"forward": _grouped_forward})
+def _with_forward(kind: Any, forward: Any) -> Any:
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
+
+
+def fuse_norms(norms: Sequence[nn.Module]) -> None:
+    """Give frozen RMSNorms of transformers the one operation of kernels.py."""
+    for norm in norms:
+        assert type(norm).__name__.endswith("RMSNorm") and not norm.get_parameter("weight").requires_grad
+        _put_forward(norm, _norm_forward)
 
 
 class Fp8Base(nn.Module):
@@ -239,6 +303,9 @@ def fuse_lora(layers: Sequence[nn.Module], fp8: bool = False, share_storage: boo
             if all(_is_plain(member) for member in members):
                 _group(members, fp8, share_storage)
                 count += 1
+                mlp: Any = getattr(layer, parent)
+                if "gate_proj" in names and mlp.config.hidden_act == "silu":
+                    _put_forward(mlp, _mlp_forward)
             elif fp8:
                 raise ValueError(
                     f"model.quantization: fp8 needs plain LoRA on every linear layer, got none (or DoRA, or dropout) "
@@ -268,11 +335,14 @@ def _group(members: Sequence[Any], fp8: bool, share_storage: bool) -> None:
             member.base_layer = Fp8Base(base)
     elif share_storage:
         frozen = [torch.cat([base.weight.data for base in bases]) if len(bases) > 1 else bases[0].weight.data]
-        rows = frozen[0].split([base.weight.shape[0] for base in bases])
+        if bases[0].in_features < min(base.out_features for base in bases):
+            kind, rank = "wide", sum(member.r[member.active_adapters[0]] for member in members)
+            frozen = [torch.cat([frozen[0], frozen[0].new_zeros(frozen[0].shape[0], rank)], dim=1)]
+        rows = frozen[0][:, : bases[0].in_features].split([base.weight.shape[0] for base in bases])
         for base, weight in zip(bases, rows, strict=True):
             base.weight.data = weight
     for position, member in enumerate(members):
-        member.__class__ = _grouped(type(member))  # type: ignore[arg-type]
+        _put_forward(member, _grouped_forward)
         # Past nn.Module's bookkeeping: a member must not become a submodule of its leader, nor the leader of a member.
         member.__dict__.update(leader=leader, position=position)
     leader.__dict__.update(members=list(members), outputs={}, kind=kind, num_frozen=len(frozen), keep_low=True)
