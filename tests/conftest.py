@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +23,12 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def own_signals() -> Iterator[None]:
-    """A `Run` in this process takes SIGTERM and SIGINT over; after the file they are pytest's again."""
+    """What a `Run` in this process takes over is given back after the file: SIGTERM, SIGINT, the unraisable hook."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
+    hook = sys.unraisablehook
     yield
+    sys.unraisablehook = hook
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,13 +176,13 @@ def test_auto_values_are_resolved_once(tiny: Tiny):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stop_and_resume_twice_is_uninterrupted(tiny: Tiny, whole: Path, workers: int):
-    """SIGTERM in the midst of an epoch, twice: weights, optimizer, adapter and every logged number stay bit-equal."""
+    """SIGTERM, then Ctrl-C, in the midst of an epoch: weights, optimizer, adapter and log stay bit-equal."""
     name = f"stopped-{workers}"
     folder = tiny.folder / name
-    for lines in (4, 9):
-        moment = terminate_when(lambda lines=lines: num_lines(folder / "metrics.jsonl") >= lines)
+    for lines, number in ((4, signal.SIGTERM), (9, signal.SIGINT)):
+        moment = terminate_when(lambda lines=lines: num_lines(folder / "metrics.jsonl") >= lines, number)
         result = tiny.run(name, f"--data.workers={workers}", meanwhile=moment)
-        assert result.code == 128 + signal.SIGTERM, result.output
+        assert result.code == 128 + number, result.output
         status = tiny.status(name)
         assert status["outcome"] == "interrupted" and "stopped after step" in status["reason"]
         steps = sorted(int(path.name[-6:]) for path in (folder / "checkpoints").iterdir())
@@ -255,6 +256,52 @@ def test_stop_before_the_first_step(tiny: Tiny, whole: Path, target: str, call: 
     assert not (tiny.folder / name / "checkpoints").exists()
     assert tiny.run(name, f"--data.cache_dir={fresh}").code == 0
     same_end(whole, tiny.folder / name)
+
+
+SWALLOWED = """
+import os, signal
+from qwen_train.data import tokenize
+judge = tokenize._Judge.__call__
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # the handler runs here, and Python drops what it raises
+            pass
+def judging(*args):
+    Dying()
+    return judge(*args)
+tokenize._Judge.__call__ = judging
+"""
+
+
+def test_a_signal_in_a_destructor_is_not_lost(tiny: Tiny):
+    fresh = tiny.folder / "cache-swallowed"
+    result = tiny.run("swallowed", f"--data.cache_dir={fresh}", prelude=SWALLOWED)
+    assert result.code == 128 + signal.SIGTERM and "Traceback" not in result.output, result.output
+    assert "stopped before the first step" in result.output and "data.train:" not in result.output
+
+
+def test_stop_while_workers_tokenise(tiny: Tiny):
+    """Two workers in the midst of 20,000 rows: all are gone at once, and nothing of the cache stays."""
+    rows, cache = tiny.folder / "many.jsonl", tiny.folder / "cache-many"
+    rows.write_text((TINY / "sft_train.jsonl").read_text() * 5)
+    children: list[int] = []
+
+    def watch(pid: int) -> None:
+        def working() -> bool:
+            listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            children[:] = [int(child) for child in listed]
+            return len(children) >= 2
+
+        terminate_when(working)(pid)
+
+    start = time.monotonic()
+    result = tiny.run("many", f"--data.train={rows}", f"--data.cache_dir={cache}", "--data.workers=2", meanwhile=watch)
+    assert result.code == 128 + signal.SIGTERM and "Traceback" not in result.output, result.output
+    assert tiny.status("many")["outcome"] == "interrupted"
+    assert time.monotonic() - start < 30
+    assert list((cache / "tokens").iterdir()) == []
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 
 def test_killed_run_goes_on(tiny: Tiny, whole: Path):

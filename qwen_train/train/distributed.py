@@ -32,6 +32,7 @@ TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and savi
 PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
 ALL_REDUCE_BYTES = 256 * 2**20
 PR_SET_PDEATHSIG = 1
+START_INTERRUPTED = "stopped before the first step; start again"
 ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every process already
 
 
@@ -53,10 +54,11 @@ class Run:
         _die_with_launcher()
         self.stop_signal: signal.Signals | None = None
         self._signal_time = 0.0
-        self._training = False
+        self.is_training = False
         self._pid = os.getpid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        sys.unraisablehook = self._on_swallowed
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -100,8 +102,20 @@ class Run:
             os._exit(130)  # the second Ctrl-C: leave at once, the last checkpoint is intact
         if first:
             self.stop_signal, self._signal_time = signal.Signals(number), now
-            if not self._training:
-                raise Interrupted("stopped before the first step; start again")
+            if not self.is_training:
+                raise Interrupted(START_INTERRUPTED)
+
+    def _on_swallowed(self, unraisable: Any) -> None:
+        """What is raised within a destructor or a hook of fork goes no further: raise it again, in a moment."""
+        if isinstance(unraisable.exc_value, Interrupted):
+            signal.signal(signal.SIGALRM, self._on_alarm)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    def _on_alarm(self, _number: int, _frame: Any) -> None:
+        if not self.is_training:
+            raise Interrupted(START_INTERRUPTED)
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to leave (a collective, so that all ranks leave together)."""
@@ -178,7 +192,7 @@ class Run:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     dist.broadcast(parameter.data, src=0)
-        self._training = True
+        self.is_training = True
         return model, optimizer
 
     def accumulate(self, model: nn.Module, microbatches: "MicroBatches", step: int) -> Iterator["Batch"]:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from torch.optim import Optimizer
@@ -26,7 +26,7 @@ from qwen_train.train.checkpoint import (
     save_checkpoint,
     verify,
 )
-from qwen_train.train.distributed import Interrupted, Run, env_is_main
+from qwen_train.train.distributed import START_INTERRUPTED, Interrupted, Run, env_is_main
 from qwen_train.train.files import (
     clean_leftovers,
     delete_folder,
@@ -242,26 +242,25 @@ def run_script(config_class: type[Config], train: Callable[[Config, Run], None])
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     try:
         train(config, run)
-    except Interrupted as interruption:
-        run.note(str(interruption))
-        _report(run, folder, "interrupted", str(interruption))
-        run.close()
-        sys.exit(128 + (run.stop_signal or 15))
-    except ValueError as error:
-        _refuse(run, folder, "refused", str(error))
-    except OSError as error:
-        reason = _disk_problem(error)
-        if reason is None:
-            _report(run, folder, "failed", f"{type(error).__name__}: {error}")
-            raise
-        _refuse(run, folder, "failed", reason)
     except BaseException as error:
-        _report(run, folder, "failed", f"{type(error).__name__}: {error}")
+        early = run.stop_signal is not None and not run.is_training
+        # Libraries that a signal cuts short before training clean up with errors of their own.
+        cause = Interrupted(START_INTERRUPTED) if early else error
+        if isinstance(cause, Interrupted):
+            run.note(str(cause))
+            _report(run, folder, "interrupted", str(cause))
+            run.close()
+            sys.exit(128 + (run.stop_signal or 15))
+        if isinstance(cause, ValueError):
+            _refuse(run, folder, "refused", str(cause))
+        if isinstance(cause, OSError) and (problem := _disk_problem(cause)) is not None:
+            _refuse(run, folder, "failed", problem)
+        _report(run, folder, "failed", f"{type(cause).__name__}: {cause}")
         raise
     run.close()
 
 
-def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> None:
+def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> NoReturn:
     """Leave with code 2 and `reason`; a folder in which nothing was trained yet is taken away again."""
     if run.is_main and _is_ours(folder) and not (folder / "metrics.jsonl").exists():
         delete_folder(folder)
