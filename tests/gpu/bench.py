@@ -10,6 +10,7 @@ pairs a second, peak memory, seconds to the first step, compiled graphs. Warm-up
 
 import argparse
 import gc
+import itertools
 import json
 import re
 import statistics
@@ -114,10 +115,16 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
     loss_config = LossConfig()
     times, tokens, sequences, losses, norms, waited = [], [], [], [], [], []
     gap = 0.0
+    gc.collect()
+    gc.freeze()
+    marks: list[list[float]] = []
     start = before = time.perf_counter()
     for step, microbatches in prefetch(stream, range(case["steps"]), 4, pin_memory=True):
         waited.append(time.perf_counter() - before)
         total = 0.0
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)] if cuda else []
+        if events:
+            events[0].record()
         for batch in run.accumulate(model, microbatches, step):
             if case["task"] == "sft":
                 loss = -(model(batch).logps * batch.weights).sum() / microbatches.total_weight
@@ -133,10 +140,17 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
                 )
             run.backward(loss)
             total += loss.detach()
+        if events:
+            events[1].record()
         norms.append(run.clip_grad_norm(model, 1.0))
+        if events:
+            events[2].record()
         optimizer.step()
         optimizer.zero_grad()
+        if events:
+            events[3].record()
         sync()
+        marks.append([first.elapsed_time(second) for first, second in itertools.pairwise(events)])
         now = time.perf_counter()
         times.append(now - before)
         before = now
@@ -157,6 +171,8 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
         "step0_gap_per_token": gap if case["task"] == "dpo" else None,
         "losses": [round(loss, 4) for loss in losses],
         "norms": [round(norm, 3) for norm in norms],
+        "step_ms": [round(1000 * seconds) for seconds in times],
+        "forward_backward_clip_update_ms": [[round(ms, 1) for ms in mark] for mark in marks],
         "seconds": round(time.perf_counter() - start, 1),
     }
     if case["profile"] and cuda:
