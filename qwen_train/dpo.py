@@ -13,7 +13,7 @@ from qwen_train.data.stream import Stream, collate_conversations, collate_prefer
 from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
 from qwen_train.loss.preference import preference_loss
 from qwen_train.model.adapters import resolve_start
-from qwen_train.model.load import load_model, load_tokenizer, num_trainable
+from qwen_train.model.load import load_model, load_model_config, load_tokenizer, num_trainable
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Interrupted, Run
@@ -70,7 +70,8 @@ def train(config: DPOConfig, run: Run) -> None:
     lengths = packed_lengths(data.dataset, config.reference.share_prompt)
     collate = collate_preferences(data.dataset, config.reference.share_prompt)
     assert isinstance(folder.config, DPOConfig)
-    config = resolve_auto(folder.config, run.device, longest=int(lengths.max()))
+    shape = load_model_config(folder.config.model)
+    config = resolve_auto(folder.config, run.device, int(lengths.max()), shape, run.free_memory())
     record_config(run, folder, config)
     held_out = skills = None
     if config.data.eval:

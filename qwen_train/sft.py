@@ -11,7 +11,7 @@ from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.stream import Stream, collate_conversations, prefetch
 from qwen_train.data.tokenize import tokenize_conversations
 from qwen_train.model.adapters import resolve_start
-from qwen_train.model.load import load_model, load_tokenizer, num_trainable
+from qwen_train.model.load import load_model, load_model_config, load_tokenizer, num_trainable
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Interrupted, Run
@@ -42,7 +42,8 @@ def train(config: SFTConfig, run: Run) -> None:
     )
     data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
     run.note(f"data.train: {data.report.summary()}")
-    config = resolve_auto(folder.config, run.device, longest=int(data.column("length").max()))
+    shape = load_model_config(folder.config.model)
+    config = resolve_auto(folder.config, run.device, int(data.column("length").max()), shape, run.free_memory())
     record_config(run, folder, config)
     held_out = None
     if config.data.eval:

@@ -85,6 +85,14 @@ class Batch:
         """Copy to ``device``; with ``non_blocking`` and pinned memory the host does not wait."""
         return self.map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
 
+    def bounded(self, max_length: int) -> "Batch":
+        """The same with `max_q` and `max_k` raised to at least ``max_length``.
+
+        The kernels want an upper bound only, and a number that differs in every batch would make torch.compile compile
+        its layers again.
+        """
+        return replace(self, max_q=max(self.max_q, max_length), max_k=max(self.max_k, max_length))
+
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, from which copies to the GPU overlap with compute."""
         return self.map_tensors(lambda t: t.pin_memory())

@@ -74,6 +74,7 @@ class PackedLM(nn.Module):
         head_chunk: int,
         end_token: int,
         pad_token: int,
+        max_length: int,
         compiled_head: bool = False,
     ) -> None:
         super().__init__()
@@ -82,6 +83,7 @@ class PackedLM(nn.Module):
         self.head_chunk = head_chunk
         self.end_token = end_token
         self.pad_token = pad_token
+        self.max_length = max_length
         self.compiled_head = compiled_head
 
     @property
@@ -100,7 +102,7 @@ class PackedLM(nn.Module):
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            **attention_kwargs(batch, self.attention),
+            **attention_kwargs(batch.bounded(self.max_length), self.attention),
         ).last_hidden_state[0]
         hidden = hidden.index_select(0, batch.target_positions)
         return token_logprobs(
@@ -274,7 +276,7 @@ def load_model(
         assert isinstance(adapted, PeftModel) and config.model.adapter is not None
         add_reference_adapter(adapted, config.model.adapter)
     compiled_head = config.model.compile and device.type == "cuda"
-    model = PackedLM(adapted, attention, config.model.head_chunk, end, pad, compiled_head)
+    model = PackedLM(adapted, attention, config.model.head_chunk, end, pad, config.data.max_length, compiled_head)
     model.causal_lm.set_attn_implementation(ATTENTION)
     model.causal_lm.config.use_cache = False
 

@@ -92,7 +92,7 @@ def load_plainly(path: str, dtype: torch.dtype | str, device: torch.device) -> P
 def packed(lm: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase) -> PackedLM:
     """The wrapper around a plainly loaded model, uncompiled, on the reference attention."""
     end, pad = special_tokens(tokenizer, lm.config.model_type)
-    model = PackedLM(lm, "sdpa", 4096, end, pad)
+    model = PackedLM(lm, "sdpa", 4096, end, pad, max_length=0)
     model.causal_lm.set_attn_implementation(ATTENTION)
     return model.eval()
 

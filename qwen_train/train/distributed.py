@@ -130,6 +130,12 @@ class Run:
             dist.all_reduce(total)
         return total.tolist()
 
+    def free_memory(self) -> int | None:
+        """Bytes free on the fullest of the ranks' GPUs; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        return int(-self.maximum(-torch.cuda.mem_get_info(self.device)[0]))
+
     def maximum(self, value: float) -> float:
         if self.world_size == 1:
             return value

@@ -1,0 +1,262 @@
+"""LoRA linears as one operation, frozen bases in three forms, single kernels: against PEFT, transformers and torch."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from qwen_train.config import DataConfig, LoraConfig, ModelConfig, SFTConfig
+from qwen_train.data.packing import Batch, pack_sequences
+from qwen_train.model import kernels, load, lora
+from qwen_train.model.frozen import backward_product, forward_product, out_features, quantize_fp8
+from qwen_train.model.load import PackedLM, load_model, load_tokenizer, trainable_parameters
+
+TINY = Path(__file__).parents[1] / "configs/tiny/model"
+
+
+def make_batch(seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    sequences = [(rng.integers(0, 500, n), np.r_[0, np.ones(n - 1)]) for n in rng.integers(10, 60, 5)]
+    return pack_sequences(sequences, range(5))
+
+
+def build(monkeypatch: pytest.MonkeyPatch, fused: bool = True, dtype: str = "float32", **model: Any) -> PackedLM:
+    """The tiny model with a trained-looking adapter; its feed-forward is widened, so that gate|up is stored `wide`."""
+    config = AutoConfig.from_pretrained(TINY)
+    config.intermediate_size = 3 * config.hidden_size
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "load_model_config", lambda _: config)
+        if not fused:
+            patch.setattr(load, "fuse_lora", lambda *_, **__: 0)
+            patch.setattr(load, "fuse_norms", lambda *_: None)
+        settings = {"compile": False, "checkpoint_layers": 0} | model
+        built = load_model(
+            SFTConfig(
+                model=ModelConfig(path=str(TINY), from_scratch=True, dtype=dtype, **settings),
+                data=DataConfig(train="x"),
+                lora=LoraConfig(r=8),
+            ),
+            load_tokenizer(ModelConfig(path=str(TINY))),
+            torch.device("cpu"),
+            Path("/nonexistent"),
+            is_main=False,
+        )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trainable_parameters(built).items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return built
+
+
+def logps_and_gradients(model: PackedLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    logps = model(batch).logps
+    (logps * torch.linspace(0, 1, len(logps))).sum().backward()
+    return logps.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+
+
+def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest relative difference of any gradient."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
+
+
+def test_equals_peft(monkeypatch: pytest.MonkeyPatch):
+    batch = make_batch(0)
+    plain, fused = build(monkeypatch, fused=False), build(monkeypatch)
+    kinds = Counter(m.kind for m in fused.modules() if getattr(m, "position", None) == 0)
+    assert kinds == {"wide": 2, "dense": 6}, "two layers: gate|up is wide; q|k|v, o and down are dense"
+    one, other = logps_and_gradients(plain, batch), logps_and_gradients(fused, batch)
+    assert (one[0] - other[0]).abs().max() <= 1e-5
+    assert farthest(one[1], other[1]) <= 1e-5
+    assert {g.dtype for g in other[1].values()} == {torch.float32}
+    with torch.no_grad(), plain.adapter_off(), fused.adapter_off():
+        assert (plain(batch).logps - fused(batch).logps).abs().max() <= 1e-5
+        assert (plain(batch).logps - one[0]).abs().max() > 1e-2, "the adapter does something"
+
+
+def test_a_wrong_scale_would_show(monkeypatch: pytest.MonkeyPatch):
+    plain, fused = build(monkeypatch, fused=False), build(monkeypatch)
+    for module in fused.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] *= 1.01
+    batch = make_batch(0)
+    assert farthest(logps_and_gradients(plain, batch)[1], logps_and_gradients(fused, batch)[1]) > 1e-3
+
+
+def test_unshared_weights_give_the_same(monkeypatch: pytest.MonkeyPatch):
+    batch = make_batch(1)
+    shared = build(monkeypatch)
+    fuse = lora.fuse_lora
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "fuse_lora", lambda layers, fp8, share_storage: fuse(layers, fp8, share_storage=False))
+        apart = build(monkeypatch)
+    one, other = logps_and_gradients(shared, batch), logps_and_gradients(apart, batch)
+    assert (one[0] - other[0]).abs().max() <= 1e-5 and farthest(one[1], other[1]) <= 1e-5
+
+
+def test_names_and_weights_stay_pefts(monkeypatch: pytest.MonkeyPatch):
+    plain, fused = (build(monkeypatch, fused=fused).state_dict() for fused in (False, True))
+    assert plain.keys() == fused.keys()
+    assert all(torch.equal(plain[name], fused[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
+def test_zero_adapter_rounds_as_no_adapter(monkeypatch: pytest.MonkeyPatch, dtype: str, quantization: str):
+    """DPO's step 0: policy and reference are the same bits, so every reward is exactly 0."""
+    if quantization != "none" and dtype == "float32":
+        pytest.skip("nf4 and fp8 compute in bfloat16")
+    model = build(monkeypatch, dtype=dtype, quantization=quantization)
+    batch = make_batch(2)
+    with torch.no_grad():
+        trained = model(batch).logps
+        for name, parameter in trainable_parameters(model).items():
+            if "lora_B" in name:
+                parameter.zero_()
+        policy = model(batch).logps
+        with model.adapter_off():
+            assert torch.equal(policy, model(batch).logps)
+    assert not torch.equal(policy, trained)
+
+
+@pytest.mark.parametrize(("quantization", "bound"), [("nf4", 0.12), ("fp8", 0.05)])
+def test_quantised_products(quantization: str, bound: float):
+    """Relative error of y and dx on Gaussian weights and inputs; NF4's is 0.09 of the weights', fp8's 0.04."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 256, generator=generator).bfloat16()
+    weights = [torch.randn(rows, 256, generator=generator).bfloat16() * 0.05 for rows in (128, 64)]
+    grad = torch.randn(96, 192, generator=generator).bfloat16()
+    whole = torch.cat(weights)
+    if quantization == "fp8":
+        frozen = quantize_fp8(whole)
+    else:
+        import bitsandbytes as bnb
+
+        frozen = []
+        for weight in weights:
+            packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+            frozen += lora.nf4_tensors(packed._quantize("cpu"))
+    assert out_features(frozen, quantization, 256) == 192
+    exact = x.float() @ whole.float().T, grad.float() @ whole.float()
+    got = forward_product(x, frozen, quantization, None), backward_product(grad, frozen, quantization, 256)
+    for one, other in zip(exact, got, strict=True):
+        error = float((one - other.float()).norm() / one.norm())
+        assert 0.005 < error < bound, error
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp8"])
+def test_quantised_model_trains_and_samples(monkeypatch: pytest.MonkeyPatch, quantization: str):
+    batch = make_batch(3)
+    exact = logps_and_gradients(build(monkeypatch, dtype="bfloat16"), batch)
+    model = build(monkeypatch, dtype="bfloat16", quantization=quantization)
+    rounded = logps_and_gradients(model, batch)
+    assert 0 < float((exact[0] - rounded[0]).abs().mean()) < 0.4
+    cosine = [torch.cosine_similarity(exact[1][n].flatten(), rounded[1][n].flatten(), dim=0) for n in exact[1]]
+    assert min(cosine) > 0.5, min(cosine)
+    assert len(model.sample([[1, 2, 3]], 3)[0]) <= 3
+    assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
+
+
+def test_fp8_refuses_what_it_cannot_serve():
+    config = SFTConfig(
+        model=ModelConfig(path=str(TINY), from_scratch=True, quantization="fp8", compile=False, checkpoint_layers=0),
+        data=DataConfig(train="x"),
+        lora=LoraConfig(r=8, dropout=0.1),
+    )
+    with pytest.raises(ValueError, match="fp8 needs plain LoRA"):
+        load_model(config, load_tokenizer(config.model), torch.device("cpu"), Path("/nonexistent"), is_main=False)
+
+
+def test_compiled_layers(monkeypatch: pytest.MonkeyPatch):
+    """Few graphs serve all layers and lengths; a recomputed layer does not compute down's product again."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = build(monkeypatch, fused=False), build(monkeypatch, compile=True, checkpoint_layers=2)
+    calls: list[int] = []
+    product = lora.forward_product
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "forward_product", lambda x, *rest: calls.append(x.shape[1]) or product(x, *rest))
+        for seed in range(3):
+            batch = make_batch(seed)
+            one, other = logps_and_gradients(plain, batch), logps_and_gradients(compiled, batch)
+            assert (one[0] - other[0]).abs().max() <= 1e-5
+            assert farthest(one[1], other[1]) <= 1e-5
+    # Layer 0, whose input needs no gradient, and the others; and each once more when sdpa's padded lengths turn out to
+    # vary. On a GPU all lengths are marked.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seed in range(3, 23):
+        compiled(make_batch(seed)).logps.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # Of each layer and micro-batch: q|k|v, o (256 wide) twice, down (768 wide) once; gate|up has its own product.
+    assert Counter(calls) == {256: 3 * 2 * 2 * 2, 768: 3 * 2}
+
+
+def test_swiglu_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(7, 24, generator=generator, dtype=torch.float64).float().requires_grad_()
+    other = gate_up.detach().clone().requires_grad_()
+    grad = torch.randn(7, 12, generator=generator)
+    gate, up = other.split(12, dim=1)
+    expected = torch.nn.functional.silu(gate) * up
+    expected.backward(grad)
+    got = kernels.swiglu(gate_up)
+    got.backward(grad)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gate_up.grad, other.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_transformers(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    norm = Qwen2RMSNorm(16, eps=1e-6).to(dtype)
+    norm.weight.data = torch.rand(16, generator=generator).to(dtype)
+    norm.requires_grad_(False)
+    x = torch.randn(5, 16, generator=generator).to(dtype).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    grad = torch.randn(5, 16, generator=generator).to(dtype)
+    expected = norm(other)
+    expected.backward(grad)
+    got, _ = kernels.rms_norm(x, norm.weight, 1e-6)
+    got.backward(grad)
+    assert torch.equal(got, expected)
+    torch.testing.assert_close(x.grad, other.grad, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 1e-3)
+
+
+def test_rounded_rows():
+    x = torch.randn(9, 33) * torch.logspace(-3, 3, 9)[:, None]
+    values, scale = kernels.round_rows(x)
+    back = values.float() * scale
+    assert ((back - x).abs() <= x.abs().amax(1, keepdim=True) / 28).all(), "half a step of e4m3's last place"
+    assert (values.float().abs().amax(1) == 448).all(), "each row uses the whole range"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_equal_torch(monkeypatch: pytest.MonkeyPatch):
+    gate_up = torch.randn(300, 2 * 1100, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(300, 1100, device="cuda", dtype=torch.bfloat16)
+    x, weight = gate_up[:, :1100].contiguous(), torch.rand(1100, device="cuda", dtype=torch.bfloat16)
+
+    def outputs() -> list[Tensor]:
+        normed, scale = kernels.rms_norm(x, weight, 1e-6)
+        return [
+            kernels.swiglu(gate_up),
+            kernels.swiglu_backward(grad, gate_up),
+            normed,
+            kernels.rms_norm_backward(grad, x, weight, scale),
+            *kernels.round_rows(gate_up),
+        ]
+
+    fast = outputs()
+    monkeypatch.setattr(kernels, "triton", None)
+    for one, other in zip(fast, outputs(), strict=True):
+        assert float((one.float() - other.float()).norm() / other.float().norm()) < 1e-3
