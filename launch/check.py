@@ -75,8 +75,6 @@ def main(argv: list[str]) -> int:
     print_report(report, title, console)
     if options.show:
         print_examples(report.examples[: options.show], template, console)
-    if kind == "sft" and not options.task and any(s.reasons["error", "unknown_format"] for s in report.splits):
-        print("hint: rows were checked as conversations; for preference pairs add --task dpo")
     return report.exit_code
 
 
@@ -112,12 +110,7 @@ def task_of(files: list[str], others: list[str]) -> Kind:
 def sources_of(config: SFTConfig, kind: Kind) -> dict[str, list[Source]]:
     """Sources of the splits. Raises ValueError for one that is missing, before anything is loaded."""
     formats.check_format(config.data.format, kind)
-    paths = {"data.train": config.data.train} | ({"data.eval": config.data.eval} if config.data.eval else {})
-    splits = {name: formats.resolve_paths(value, name) for name, value in paths.items()}
-    for name, sources in splits.items():
-        for source in sources:
-            formats.source_kind(source.path, name)
-    return splits
+    return formats.find_sources({"data.train": config.data.train, "data.eval": config.data.eval})
 
 
 def start_of(model: ModelConfig) -> ModelConfig:

@@ -28,6 +28,7 @@ from qwen_train.loss.preference import LOSSES, LossConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DataPaths = str | list[str | dict[str, float]]
+TIMED_NAME = re.compile(r".+-\d{8}-\d{6}")  # a run.name that was made up from the time
 
 
 def _refuse(problems: Sequence[str | None]) -> None:

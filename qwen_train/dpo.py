@@ -9,6 +9,7 @@ import torch
 
 from qwen_train.config import DPOConfig
 from qwen_train.data.chat import ChatOptions, Template
+from qwen_train.data.formats import find_sources
 from qwen_train.data.stream import Stream, collate_conversations, collate_preferences, packed_lengths, prefetch
 from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
 from qwen_train.loss.preference import preference_loss
@@ -47,6 +48,8 @@ from qwen_train.train.reference import (
 
 def train(config: DPOConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
+    splits = {"data.train": config.data.train, "data.eval": config.data.eval, "data.eval_sft": config.data.eval_sft}
+    find_sources(splits)  # before anything asks the hub
     config, notes = resolve_start(config)
     tokenizer = load_tokenizer(config.model)
     check_reference(config, tokenizer)
@@ -191,7 +194,7 @@ def train(config: DPOConfig, run: Run) -> None:
                     metrics.sync()
                     save(run, folder, progress, model, optimizer, config)
             if stopping:
-                raise Interrupted(f"stopped after step {progress.step} of {total_steps}; start again to go on")
+                raise Interrupted(f"stopped after step {progress.step} of {total_steps}")
 
     # -- what the run hands over --------------------------------------------------------------------------------------
     write_result(run, folder, model, tokenizer, config, progress, probe=collate(probe_rows(len(data))))

@@ -8,6 +8,7 @@ import torch
 
 from qwen_train.config import SFTConfig
 from qwen_train.data.chat import ChatOptions, Template
+from qwen_train.data.formats import find_sources
 from qwen_train.data.stream import Stream, collate_conversations, prefetch
 from qwen_train.data.tokenize import tokenize_conversations
 from qwen_train.model.adapters import resolve_start
@@ -23,6 +24,7 @@ from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_
 
 def train(config: SFTConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
+    find_sources({"data.train": config.data.train, "data.eval": config.data.eval})  # before anything asks the hub
     config, notes = resolve_start(config)
     folder = run.from_main(lambda: open_run(config))
     run.note(*notes, *folder.notes)
@@ -139,7 +141,7 @@ def train(config: SFTConfig, run: Run) -> None:
                     metrics.sync()
                     save(run, folder, progress, model, optimizer, config)
             if stopping:
-                raise Interrupted(f"stopped after step {progress.step} of {total_steps}; start again to go on")
+                raise Interrupted(f"stopped after step {progress.step} of {total_steps}")
 
     # -- what the run hands over --------------------------------------------------------------------------------------
     write_result(run, folder, model, tokenizer, config, progress, probe=stream.collate([0]))

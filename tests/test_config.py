@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qwen_train import config as config_module
 from qwen_train import dpo, sft
-from qwen_train.config import DPOConfig, SFTConfig, as_dict, load_config, to_yaml
+from qwen_train.config import TIMED_NAME, DPOConfig, SFTConfig, as_dict, load_config, to_yaml
 from qwen_train.data import stream
 from qwen_train.data.chat import ChatOptions
 from qwen_train.data.tokenize import tokenize_conversations
@@ -118,12 +118,23 @@ def test_config_of_a_run_is_read_back(tmp_path: Path):
     assert warnings == [] and (again.optim.lr, again.run.steps, again.run.name) == (3e-4, 7, "tiny-sft")
 
 
+def test_a_run_without_a_name_gets_one_that_can_be_told(tmp_path: Path):
+    """The config's stem and the time; the names that the shipped configs give are none of that kind."""
+    (tmp_path / "mine.yaml").write_text("data: {train: a.jsonl}\n")
+    config, _ = load_config(SFTConfig, ["--config", str(tmp_path / "mine.yaml")])
+    assert config.run.name is not None and config.run.name.startswith("mine-")
+    assert TIMED_NAME.fullmatch(config.run.name)
+    for path in CONFIGS:
+        shipped, _ = load_config(DPOConfig if path.name.startswith("dpo") else SFTConfig, ["--config", str(path)])
+        assert shipped.run.name is not None and not TIMED_NAME.fullmatch(shipped.run.name), path
+
+
 def test_later_files_and_the_command_line_win(tmp_path: Path):
     (tmp_path / "more.yaml").write_text("optim: {lr: 1.0e-4}\nrun: {epochs: 2}\n")
     files = ["--config", str(ROOT / "configs/sft_qwen2.5_7b_lora.yaml"), "--config", str(tmp_path / "more.yaml")]
     config, _ = load_config(SFTConfig, files)
     assert (config.optim.lr, config.run.epochs, config.lora.r) == (1e-4, 2, 64)
-    assert config.run.name is not None and config.run.name.startswith("more-")
+    assert config.run.name == "sft-7b-lora"
     config, _ = load_config(SFTConfig, [*files, "--optim.lr", "5e-5", "--run.steps=3"])
     assert (config.optim.lr, config.run.epochs, config.run.steps) == (5e-5, None, 3)
 

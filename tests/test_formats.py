@@ -1,6 +1,7 @@
 """Rows of every format become one form; what is wrong with a row is said with a reason and its place."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -173,6 +174,41 @@ def test_bad_dpo_rows(row: Any, reason: str) -> None:
     with pytest.raises(RowError) as caught:
         dpo(row)
     assert caught.value.reason == reason
+
+
+PAIR = {"chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": sharegpt(("human", "Hi"), ("gpt", "Hello."), ("human", "2 + 2?")), **PAIR},
+        {"messages": [U, A], "chosen": [A], "rejected": [A]},
+        {"prompt": "Hi", "completion": "Ho", "chosen": "Hello.", "rejected": "No."},
+        {"chosen": [U, A], "rejected": [U, A]},
+    ],
+)
+def test_pairs_are_no_conversations(row: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match=r"these are preference pairs, for launch/dpo\.py .*--task dpo") as caught:
+        sft(row)
+    assert caught.value.reason == "preference_pair"
+
+
+def test_a_named_format_takes_a_pair_as_a_conversation() -> None:
+    row = {"conversations": sharegpt(("human", "Hi"), ("gpt", "Hello.")), **PAIR}
+    parsed = parse_row(json.dumps(row), "sft", "sharegpt")
+    assert isinstance(parsed, Conversation) and [m["role"] for m in parsed.messages] == ["user", "assistant"]
+    del row["rejected"]
+    assert isinstance(sft(row), Conversation), "half a pair is a row with a column more"
+
+
+def test_sources_are_looked_for_without_asking_anybody(tmp_path: Path) -> None:
+    there = tmp_path / "there.jsonl"
+    there.write_text("{}\n")
+    found = formats.find_sources({"data.train": str(there), "data.eval": None, "data.eval_sft": "user/set:test"})
+    assert found == {"data.train": [Source(str(there))], "data.eval_sft": [Source("user/set:test")]}
+    with pytest.raises(ValueError, match=r"^data\.eval: '.*gone\.jsonl' does not exist"):
+        formats.find_sources({"data.train": str(there), "data.eval": [{str(tmp_path / "gone.jsonl"): 2.0}]})
 
 
 def test_unknown_format_names_keys_and_formats() -> None:

@@ -2,6 +2,7 @@
 
 What a caller uses:
 - `resolve_paths(data.train)`: the config's `data.train` / `data.eval` as `[Source(path, weight), ...]`;
+- `find_sources({"data.train": ...})`: the same for several fields, each source looked for;
 - `read_rows(source_index, path)`: `RawRow`s: the JSON text of one row and its place (`file:line`);
 - `parse_row(text, kind, format)`: one JSON text -> `Conversation` or `Preference`, or a `RowError` with a reason;
 - `FORMATS`: the table a new format is added to: a function `row -> Conversation | Preference` and its line here;
@@ -114,6 +115,15 @@ def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.
         if seen.count(path) > 1:
             raise ValueError(f"{name}: {path!r} is listed {seen.count(path)} times; list it once, with a weight")
     return sources
+
+
+def find_sources(splits: dict[str, DataPaths | None]) -> dict[str, list[Source]]:
+    """Sources of every split that is given, by field name. Asks no network; ValueError for a file that is not there."""
+    found = {name: resolve_paths(paths, name) for name, paths in splits.items() if paths}
+    for name, sources in found.items():
+        for source in sources:
+            source_kind(source.path, name)
+    return found
 
 
 def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parquet", "folder", "hub"]:
@@ -277,7 +287,13 @@ def parse_row(text: str, kind: Kind, format: str = "auto") -> Conversation | Pre
 
 
 def detect_format(row: dict[str, Any], kind: Kind) -> str:
-    """The first format of this kind whose keys the row has; the table's order decides."""
+    """The first format of this kind whose keys the row has; the table's order decides. Pairs are no conversations."""
+    if kind == "sft" and row.get("chosen") is not None and row.get("rejected") is not None:
+        raise RowError(
+            "preference_pair",
+            "has chosen and rejected: these are preference pairs, for launch/dpo.py (launch/check.py --task dpo); "
+            "to learn the row as a conversation name data.format",
+        )
     for name, known in FORMATS.items():
         if known.kind == kind and all(row.get(key) is not None for key in known.keys):
             return name

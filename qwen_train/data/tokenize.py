@@ -225,10 +225,8 @@ def _judge_all(
 
 def _checked_sources(paths: DataPaths, kind: Kind, format: str, name: str) -> list[formats.Source]:
     formats.check_format(format, kind)
-    sources = resolve_paths(paths, name)
-    for source in sources:
-        formats.source_kind(source.path, name)
-    return sources
+    resolve_paths(paths, name)  # refuses what names nothing
+    return formats.find_sources({name: paths})[name]
 
 
 def _judge(

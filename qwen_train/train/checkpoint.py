@@ -1,6 +1,6 @@
 """Verified, atomic checkpoints: a folder counts only if every file has the size and sha256 that its manifest says.
 
-    checkpoints/step-000200.tmp-<uuid>/   adapter.safetensors, optimizer.safetensors, state.json: written, synced
+    checkpoints/step-000200.tmp-<uuid>/   model.safetensors, optimizer.safetensors, state.json: written, synced
                                           manifest.json, written last: size and sha256 of each of them
     checkpoints/step-000200/              the same after one rename; then the parent is synced; only then older ones go
 

@@ -6,6 +6,7 @@ normalisation and the learning rate belong to the loops.
 
 import ctypes
 import datetime
+import functools
 import hashlib
 import os
 import signal
@@ -31,8 +32,10 @@ Model = TypeVar("Model", bound=nn.Module)
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and saving may keep one rank busy for minutes
 PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
 ALL_REDUCE_BYTES = 256 * 2**20
+LIBC = ctypes.CDLL(None)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
-START_INTERRUPTED = "stopped before the first step; start again"
+START_INTERRUPTED = "stopped before the first step"
 ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every process already
 
 
@@ -55,9 +58,9 @@ class Run:
         self.stop_signal: signal.Signals | None = None
         self._signal_time = 0.0
         self.is_training = False
-        self._pid = os.getpid()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        _let_workers_die()
         sys.unraisablehook = self._on_swallowed
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -93,10 +96,6 @@ class Run:
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         """Before training there is nothing to save: leave at once. Afterwards the loop leaves when it has saved."""
-        if os.getpid() != self._pid:  # a worker forked off (tokenising): no run of its own, and it must die when told
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
         first, now = self.stop_signal is None, time.monotonic()
         if not first and number == signal.SIGINT and now - self._signal_time > ECHO_SECONDS:
             os._exit(130)  # the second Ctrl-C: leave at once, the last checkpoint is intact
@@ -256,7 +255,28 @@ def _seed(*parts: int) -> int:
 def _die_with_launcher() -> None:
     """Ask the kernel for SIGTERM when the parent dies: the single-process launcher does not forward its own."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@functools.cache
+def _let_workers_die() -> None:
+    """See to it that processes forked off (tokenising, collating) die when told, and with this one.
+
+    A worker has no run of its own: with our handlers it would only take note of a signal, and never if it waits for a
+    lock. One that was forked in the moment of a signal is in nobody's books and would wait for work for ever.
+    """
+
+    def in_worker() -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        _die_with_launcher()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
+        after_in_child=in_worker,
+    )
 
 
 def _asked_of_launcher() -> int:

@@ -71,7 +71,7 @@ def evaluate_sft(run: Run, model: PackedLM, held_out: HeldOut) -> dict[str, floa
     ):
         if run.should_stop():
             model.train()
-            raise Interrupted("stopped in an evaluation; start again to go on")
+            raise Interrupted("stopped in an evaluation")
         batch = batch.to(run.device, non_blocking=True)
         scores = model(batch)
         ends = batch.targets == model.end_token
@@ -103,7 +103,7 @@ def sample_answers(
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
     if run.should_stop():
-        raise Interrupted("stopped in an evaluation; start again to go on")
+        raise Interrupted("stopped in an evaluation")
     if not held_out.prompts:
         return {}, []
 
@@ -193,7 +193,7 @@ def evaluate_dpo(
     ):
         if run.should_stop():
             model.train()
-            raise Interrupted("stopped in an evaluation; start again to go on")
+            raise Interrupted("stopped in an evaluation")
         batch = batch.to(run.device, non_blocking=True)
         reference = ref_logps(batch)
         pairs = score_pairs(model(batch).logps, reference, batch)

@@ -14,10 +14,12 @@ from typing import Any, NoReturn
 
 import yaml
 from torch.optim import Optimizer
+from transformers.utils.logging import disable_progress_bar
 
-from qwen_train.config import Config, SFTConfig, as_dict, load_config, to_yaml
+from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, load_config, to_yaml
 from qwen_train.model.load import PackedLM, load_trainable, trainable_parameters
 from qwen_train.train.checkpoint import (
+    STEP_FOLDER,
     SaveError,
     config_changes,
     find_checkpoint,
@@ -229,6 +231,7 @@ def run_script(config_class: type[Config], train: Callable[[Config, Run], None])
     128 + signal interrupted and saved; anything else is raised, as it is ours to mend. A run that is refused before it
     has trained leaves no folder behind.
     """
+    disable_progress_bar()  # transformers' own, of loading weights
     try:
         config, warnings = load_config(config_class, sys.argv[1:])
         run = Run(config.run.seed, config.run.deterministic)
@@ -247,8 +250,9 @@ def run_script(config_class: type[Config], train: Callable[[Config, Run], None])
         # Libraries that a signal cuts short before training clean up with errors of their own.
         cause = Interrupted(START_INTERRUPTED) if early else error
         if isinstance(cause, Interrupted):
-            run.note(str(cause))
-            _report(run, folder, "interrupted", str(cause))
+            reason = f"{cause}; {_how_to_go_on(config.run.name)}"
+            run.note(reason)
+            _report(run, folder, "interrupted", reason)
             run.close()
             sys.exit(128 + (run.stop_signal or 15))
         if isinstance(cause, ValueError):
@@ -275,12 +279,23 @@ def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> NoReturn:
 
 
 def _report(run: Run, folder: Path, outcome: str, reason: str) -> None:
-    """status.json, where this process has taken the folder over."""
+    """status.json, where this process has taken the folder over; its step is the one to go on from."""
     if run.is_main and _is_ours(folder):
         try:
-            write_status(folder, outcome, reason)
+            write_status(folder, outcome, reason, step=_saved_step(folder))
         except OSError as error:  # the disk is full, say: the way out goes on
             _print_error(f"{folder / 'status.json'}: not written, {error.strerror}")
+
+
+def _how_to_go_on(name: str) -> str:
+    """What resumes the run: the same command, which makes up another name where it gave none."""
+    return f"go on with --run.name {name}" if TIMED_NAME.fullmatch(name) else "start again to go on"
+
+
+def _saved_step(folder: Path) -> int:
+    """The step of the newest checkpoint in a run's folder; 0 without one."""
+    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
+    return max((int(match["step"]) for name in names if (match := STEP_FOLDER.fullmatch(name))), default=0)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -184,7 +184,7 @@ class Reference:
             assert logps is not None
             mine.update(zip(batch.rows, logps.view(-1, 2).tolist(), strict=True))
             if run.should_stop():
-                raise Interrupted("stopped while the reference was scored; start again")
+                raise Interrupted("stopped while the reference was scored")
         by_row = {row: values for share in run.gather(mine) for row, values in share.items()}
         assert len(by_row) == len(lengths), "every row is scored once"
         return torch.tensor([by_row[row] for row in range(len(lengths))], dtype=torch.float64)
