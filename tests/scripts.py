@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny"
 
 SERVER = """
-import json, os, runpy, sys, traceback
+import atexit, json, os, runpy, sys, traceback
 import transformers.models.qwen2.modeling_qwen2, datasets, qwen_train.sft, qwen_train.dpo
 for line in sys.stdin:
     order = json.loads(line)
@@ -39,6 +39,7 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
         finally:
+            atexit._run_exitfuncs()  # ends what multiprocessing has started, as the interpreter's own end does
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
     print(child, flush=True)
