@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from qwen_train.config import DataConfig, DPOConfig, ModelConfig, RunConfig, as_dict
 from qwen_train.output import export
-from qwen_train.output.export import model_card, redacted, write_adapter, write_full_model, write_model_card
+from qwen_train.output.export import (
+    model_card,
+    redacted,
+    shown_path,
+    write_adapter,
+    write_full_model,
+    write_model_card,
+)
 from qwen_train.train import files
 from tests.faulty_disk import FaultyDisk, in_child, no_space
 
@@ -316,6 +323,29 @@ def test_the_snippet_of_the_card_runs(tmp_path, tokenizer, monkeypatch, capsys, 
     assert torch.equal(logits(scope["model"]), logits(model))
     assert scope["answer"].shape[1] > scope["inputs"]["input_ids"].shape[1]
     assert capsys.readouterr().out
+
+
+def test_a_path_is_named_from_the_working_directory(tmp_path, monkeypatch):
+    """Elsewhere a run's folder is named with its run, anything else by its last part."""
+    for folder in ("here/runs/sft/base", "here/runs/dpo/adapter", "else/runs/sft/adapter", "else/models/qwen"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "else/runs/sft/run_id").write_text("1")
+    monkeypatch.chdir(tmp_path / "here")
+    named = {
+        "runs/sft/base": "runs/sft/base",
+        str(tmp_path / "here/runs/sft/base"): "runs/sft/base",
+        str(tmp_path / "else/runs/sft/adapter"): "sft/adapter",
+        "../else/runs/sft/adapter": "sft/adapter",
+        str(tmp_path / "else/models/qwen"): "qwen",
+        "Qwen/Qwen2.5-7B": "Qwen/Qwen2.5-7B",
+    }
+    assert {name: shown_path(name) for name in named} == named
+    text = card_of(Path("runs/dpo/adapter"), base_name="runs/sft/base")
+    assert "base_model: runs/sft/base\n" in text and 'from_pretrained("../../sft/base"' in text
+    text = card_of(Path("runs/dpo/adapter"), base_name=str(tmp_path / "else/models/qwen"))
+    assert "base_model: qwen\n" in text and 'from_pretrained("qwen"' in text
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "here/runs/sft")  # the working directory is above a home
+    assert shown_path("runs/sft/base") == "base"
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,14 @@ def test_the_adapter_of_a_merge_start_holds_both_for_whoever_loads_it_plainly(
     assert {"README.md", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"} <= names
 
 
+def test_the_card_of_a_joined_adapter_says_its_own_rank_and_start(dpo: Path, start: Path) -> None:
+    text = (dpo / "adapter" / "README.md").read_text()
+    run = start.parent.name
+    assert f"| start | {run}/adapter, merged |" in text and "| rank | 12: 4 of the start and 8 of this run |" in text
+    assert "--max-lora-rank 16" in text and "rank is 12;" in text
+    assert f"base_model: {run}/base\n" in text and str(start.parents[1]) not in text
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_concatenation_keeps_every_scale(rslora: bool, dpo: Path, start: Path, base: str, batch, tmp_path) -> None:
     """PEFT copies the first adapter's config, rank-stabilised scale included; ours must still be 1."""
@@ -185,6 +193,7 @@ def test_a_round_is_sft_dpo_merge_and_the_next_dpo(
     assert gap(plain(str(out), None, batch), policy) <= TOLERANCE
     card = (out / "README.md").read_text()
     assert "merged against adapter, mean difference" in card and "base_model_relation: finetune" in card
+    assert f"| adapter | {dpo.name}/adapter |" in card
     files = {file.name for file in out.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= files
     assert all(name.endswith((".safetensors", ".json", ".jinja", ".md", ".txt")) for name in files)
@@ -209,7 +218,8 @@ def test_merging_refuses_in_one_line(dpo: Path, base: str, start: Path, tmp_path
         (("--adapter", str(tmp_path), "--out", str(tmp_path / "o")), "is not an adapter folder"),
         (("--adapter", str(start), "--out", str(tmp_path / "full")), "exists already"),
         (("--adapter", str(start), "--out", str(tmp_path / "o"), "--rows", str(tmp_path / "rows.jsonl")), "no usable"),
-        (("--adapter", str(dpo / "adapter_delta"), "--out", str(tmp_path / "o")), "say where it is"),
+        (("--adapter", str(dpo / "adapter_delta"), "--out", str(tmp_path / "o")), f"or take {dpo / 'adapter'},"),
+        (("--adapter", str(dpo / "adapter_delta"), "--out", str(tmp_path / "o")), "give --base <folder of that merge>"),
         (("--adapter", str(dpo / "adapter_delta"), "--out", str(tmp_path / "o"), "--base", base), "merged into it"),
     ]:
         done = merge(scripts, tmp_path, *arguments)

@@ -174,27 +174,27 @@ def model_card(
     `metrics`: the last values by full name, None for what was not finite. `datasets`: paths or hub ids of the training
     data. `lora`: r, use_dora of the adapter. The licence is left to the person who publishes.
     """
-    base = _portable(base_name, folder)
+    base, shown = _portable(base_name, folder), shown_path(base_name)
     title = name or folder.resolve().name
     front: dict[str, Any] = {
-        "base_model": base,
+        "base_model": shown,
         "base_model_relation": "adapter" if kind == "adapter" else "finetune",
         "library_name": "peft" if kind == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["qwen_train", method.lower()],
     }
     if kind == "adapter":
-        front["tags"] += ["lora", f"base_model:adapter:{base}"]
+        front["tags"] += ["lora", f"base_model:adapter:{shown}"]
     hub_datasets = [data for data in datasets if _is_hub_id(data)]
     if hub_datasets:
         front["datasets"] = hub_datasets
     made = {"adapter": "A LoRA adapter for", "merged": "A LoRA adapter merged into", "full": "A fine-tuned version of"}
-    rows = {**facts, "data": ", ".join(_portable(data, folder) for data in datasets) or "-"}
+    rows = {**facts, "data": ", ".join(map(shown_path, datasets)) or "-"}
     numbers = {key: "-" if value is None else f"{value:.6g}" for key, value in metrics.items()}
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {title}",
-        f"{made[kind]} `{base}`, trained with {method} by qwen_train. Commands are meant for the folder of this file.",
+        f"{made[kind]} `{shown}`, trained with {method} by qwen_train. Commands are meant for the folder of this file.",
         "## Load",
         _loading(kind, base, weights),
         "## Serve with vLLM",
@@ -295,9 +295,34 @@ def _is_hub_id(name: str) -> bool:
     return plain is not None and Path(name).suffix not in (".json", ".jsonl", ".parquet") and not Path(name).exists()
 
 
-def _portable(name: str, folder: Path) -> str:
-    """A hub id as it is; a local path relative to `folder` if it lies within or beside it, else its last part."""
-    if not (Path(name).is_absolute() or name.startswith(("~", ".", "\\")) or Path(name).exists()):
+def shown_path(name: str) -> str:
+    """How a card names a path: relative to the working directory; elsewhere `run/adapter`, or the last part alone.
+
+    A hub id stays as it is.
+    """
+    if not _is_local(name):
         return _scrubbed(name)
-    relative = os.path.relpath(Path(name).expanduser().resolve(), folder.resolve())
-    return _last_part(name) if relative.startswith("../..") else relative
+    path = Path(name).expanduser().resolve()
+    if _is_ours(path):
+        return os.path.relpath(path)
+    return f"{path.parent.name}/{path.name}" if (path.parent / "run_id").is_file() else _last_part(name)
+
+
+def _portable(name: str, folder: Path) -> str:
+    """A hub id as it is; a local path as a command in `folder` gives it, unless that led through foreign folders."""
+    if not _is_local(name):
+        return _scrubbed(name)
+    path, folder = Path(name).expanduser().resolve(), folder.resolve()
+    relative = os.path.relpath(path, folder)
+    beside = not relative.startswith("../..")
+    return relative if beside or (_is_ours(path) and _is_ours(folder)) else shown_path(name)
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).is_absolute() or name.startswith(("~", ".", "\\")) or Path(name).exists()
+
+
+def _is_ours(path: Path) -> bool:
+    """Within the working directory, unless that is above the home: the way down would tell whose it is."""
+    here = Path.cwd()
+    return path.is_relative_to(here) and here not in Path.home().parents

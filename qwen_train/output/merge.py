@@ -34,7 +34,7 @@ from qwen_train.model.adapters import (
 )
 from qwen_train.model.attention import ATTENTION
 from qwen_train.model.load import PackedLM, special_tokens
-from qwen_train.output.export import write_adapter, write_full_model, write_model_card
+from qwen_train.output.export import shown_path, write_adapter, write_full_model, write_model_card
 from qwen_train.train.files import write_json_atomic
 
 if TYPE_CHECKING:
@@ -196,6 +196,13 @@ def merge(adapter: str, out: str, base: str | None = None, rows: str | None = No
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--out: {out} exists already; give a new folder")
     config = read_adapter_config(adapter)
+    start = read_base(adapter).get("merged", {}).get("adapter")
+    if base is None and start is not None:
+        both = Path(adapter).parent / "adapter"
+        raise ValueError(
+            f"--adapter: {adapter} was trained on a base with {start} merged into it; give --base <folder of that "
+            f"merge>, or take {both if both.exists() else 'the adapter/ beside it'}, which holds both"
+        )
     path = base or find_base(adapter)
     if path is None:
         raise ValueError(
@@ -275,7 +282,7 @@ def _card(adapter: str, base: str, config: Any, difference: Difference) -> dict[
         "base_name": base,
         "config": {"adapter": {"r": config.r, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora}},
         "facts": {
-            "adapter": adapter,
+            "adapter": shown_path(adapter),
             "adapter sha256": adapter_sha256(adapter),
             "merged against adapter, mean difference (nats a token)": f"{difference.mean:.3g}",
             "merged against adapter, largest difference (nats a token)": f"{difference.largest:.3g}",

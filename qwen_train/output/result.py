@@ -13,7 +13,7 @@ from qwen_train.config import DataPaths, SFTConfig, as_dict
 from qwen_train.data.packing import Batch
 from qwen_train.model.adapters import base_fingerprint
 from qwen_train.model.load import PackedLM, trainable_parameters
-from qwen_train.output.export import model_card, write_adapter, write_full_model, write_model_card
+from qwen_train.output.export import model_card, shown_path, write_adapter, write_full_model, write_model_card
 from qwen_train.output.merge import score, write_delta, write_joined
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import write_bytes_atomic, write_json_atomic
@@ -80,7 +80,10 @@ def write_result(
         target = joined.folder
         card["kind"] = "adapter" if joined.r else "merged"
         card["lora"] = {"r": joined.r, "use_dora": False} if joined.r else None
-        card["facts"]["start"] = f"{start}, merged"
+        card["facts"]["start"] = f"{shown_path(start)}, merged"
+        if joined.r:
+            own: Any = model.lm.peft_config["default"]
+            card["facts"]["rank"] = f"{joined.r}: {joined.r - own.r} of the start and {own.r} of this run"
         card["facts"]["as written against as trained (nats a token)"] = str(joined.difference)
         write_model_card(target, **card)
     elif isinstance(model.lm, PeftModel):
