@@ -54,7 +54,7 @@ def train(config: DPOConfig, run: Run) -> None:
     tokenizer = load_tokenizer(config.model)
     check_reference(config, tokenizer)
     folder = run.from_main(lambda: open_run(config))
-    run.note(*notes, *folder.notes)
+    run.note(f"run: {folder.path}", *notes, *folder.notes)
     if folder.finished:
         run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
         return

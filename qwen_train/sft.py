@@ -27,7 +27,7 @@ def train(config: SFTConfig, run: Run) -> None:
     find_sources({"data.train": config.data.train, "data.eval": config.data.eval})  # before anything asks the hub
     config, notes = resolve_start(config)
     folder = run.from_main(lambda: open_run(config))
-    run.note(*notes, *folder.notes)
+    run.note(f"run: {folder.path}", *notes, *folder.notes)
     if folder.finished:
         run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
         return

@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -668,10 +668,10 @@ def _features(columns: dict[str, TableColumn]) -> Any:
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
+def _without_bars() -> Iterator[None]:
     import datasets
 
-    hide = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    hide = not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()
     try:
@@ -711,32 +711,33 @@ def build_table(
     """Rows through `judge` (batches in, batches out) in up to `workers` processes: a `datasets.Dataset` in `folder`."""
     import datasets
 
-    with _bars_on_terminals_only():
+    with _without_bars():  # those of reading and saving speak of splits and shards that nobody asked for
         try:
             raw = datasets.Dataset.from_generator(
                 rows, features=_features(row_columns), cache_dir=str(folder / "raw"), fingerprint="raw"
             )
         except datasets.exceptions.DatasetGenerationError as error:
             raise (error.__cause__ or error) from None  # what `rows` itself raised
-        processes = min(workers, len(raw) // rows_per_worker)
-        with _one_tokenizer_thread_a_process(processes):
-            return raw.map(
-                judge,
-                batched=True,
-                batch_size=batch_size,
-                num_proc=processes if processes > 1 else None,
-                remove_columns=list(row_columns),
-                features=_features(out_columns),
-                load_from_cache_file=False,
-                cache_file_name=str(folder / "judged.arrow"),
-                new_fingerprint="judged",
-                desc="tokenize",
-            )
+    processes = min(workers, len(raw) // rows_per_worker)
+    bars = nullcontext() if sys.stderr.isatty() else _without_bars()
+    with bars, _one_tokenizer_thread_a_process(processes):
+        return raw.map(
+            judge,
+            batched=True,
+            batch_size=batch_size,
+            num_proc=processes if processes > 1 else None,
+            remove_columns=list(row_columns),
+            features=_features(out_columns),
+            load_from_cache_file=False,
+            cache_file_name=str(folder / "judged.arrow"),
+            new_fingerprint="judged",
+            desc="tokenize",
+        )
 
 
 def save_table(table: Any, keep: list[int], columns: list[str], folder: Path) -> None:
     """Write the kept rows and columns of a table as a `datasets` folder."""
-    with _bars_on_terminals_only():
+    with _without_bars():
         table.select_columns(columns).select(keep).save_to_disk(str(folder))
 
 

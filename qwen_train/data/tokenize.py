@@ -82,6 +82,16 @@ VERDICT_COLUMNS = {
     "notes": TableColumn("string"),
     "has_lines": TableColumn("bool"),
 }
+NOTES: dict[str, tuple[str, str]] = {
+    "default_system": ("default system message added", "by the chat template; data.system none or a text avoids it"),
+    "control_tokens": ("control tokens in content", "data.control_tokens says what becomes of them"),
+    "stripped_newlines": ("answers that began with newlines", "stripped: they would merge with the header's newline"),
+    "reasoning_left_out": ("reasoning the template left out", "of messages, as the chat template does it"),
+    "turns_trimmed": ("oldest turns left out", "to fit data.max_length"),
+    "weight_ignored": ("weights without effect", "on messages that are not the assistant's"),
+    "whitespace_only_difference": ("answers that differ only in whitespace", "a pair that teaches nothing else"),
+}
+"""Label and remark of the notes of `data/chat.py`; others show under their own name."""
 MAX_LISTED = 10
 ROWS_PER_WORKER = 1000
 BATCH_ROWS = 256
@@ -126,7 +136,8 @@ class TokenReport:
             f"{self.kept:,} of {self.rows:,} {unit}, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
         ]
         parts += [f"dropped {name}: {count:,}" for name, count in sorted(self.dropped.items())]
-        parts += [f"{name}: {count:,}" for name, count in sorted(self.notes.items())]
+        labels = {name: NOTES[name][0] if name in NOTES else name for name in self.notes}
+        parts += [f"{labels[name]}: {count:,}" for name, count in sorted(self.notes.items())]
         return "; ".join(parts)
 
 

@@ -20,24 +20,13 @@ from rich.text import Text
 from qwen_train.data.chat import Template
 from qwen_train.data.check import LEVELS, Bin, Example, Level, Part, Report, Split, histogram, pair_statistics
 from qwen_train.data.check import percentiles as length_percentiles
+from qwen_train.data.tokenize import NOTES
 
 Mark = Literal["", "ok", "info", "warning", "error"]
 PRINTED: dict[Level, int] = {"error": 50, "warning": 20, "dropped": 10, "trimmed": 10}
 """Problems of each level that go to the terminal."""
 BAR = 40
 STYLES = {"ok": "green", "info": "", "warning": "yellow", "error": "bold red", "dropped": "cyan", "trimmed": "cyan"}
-NOTES: dict[str, tuple[str, str]] = {
-    "default_system": ("default system message added", "by the chat template; data.system none or a text avoids it"),
-    "control_tokens": ("control tokens in content", "data.control_tokens says what becomes of them"),
-    "stripped_newlines": ("answers that began with newlines", "stripped: they would merge with the header's newline"),
-    "reasoning_left_out": ("reasoning the template left out", "of messages, as the chat template does it"),
-    "turns_trimmed": ("oldest turns left out", "to fit data.max_length"),
-    "weight_ignored": ("weights without effect", "on messages that are not the assistant's"),
-    "whitespace_only_difference": ("answers that differ only in whitespace", "a pair that teaches nothing else"),
-}
-"""Label and remark of the notes of `data/chat.py`; others show under their own name."""
-
-
 TRIMMED = ("rows_trimmed", "turns_trimmed")
 """Notes that the table of rows counts already."""
 
