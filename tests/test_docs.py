@@ -20,7 +20,7 @@ from qwen_train.data import formats
 from qwen_train.loss.preference import LOSSES
 from qwen_train.train.checkpoint import HARMLESS
 from qwen_train.train.evaluate import preference_metrics, under
-from qwen_train.train.metrics import OUTCOMES, Throughput
+from qwen_train.train.metrics import CONSOLE, CONSOLE_EVAL, OUTCOMES, Throughput
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -304,3 +304,4 @@ def test_metrics_are_those_the_code_logs():
     emitted = emitted_metrics()
     assert {"train/grad_norm", "eval/loss", "train/rewards/length_correlation", "eval/sft/exact_match"} <= emitted
     assert documented == emitted
+    assert {*CONSOLE, *CONSOLE_EVAL} <= emitted

@@ -151,13 +151,13 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     log = Metrics(tmp_path, 200, console=out)
     log.advance(5)
     log.log(10, {"train/loss": 1.23456, "train/learning_rate": 2e-5, "perf/tokens_per_second": 12345.6, "train/x": 1.0})
-    log.log(10, {"eval/loss": 0.5})
+    log.log(10, {"eval/exact_match": 0.25, "eval/logps/chosen": -3.0, "eval/loss": 0.5})  # logps: in the files alone
     log.log(20, {"train/loss": math.nan})
     log.note("[note] as it is")
     log.close()
     assert out.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
         "step 10/200  loss 1.2346  lr 2.00e-05  tok/s 12,346  eta 0:15:50",
-        "step 10/200  eval/loss 0.5000",
+        "step 10/200  eval/loss 0.5000  eval/exact_match 0.2500",
         "step 20/200  loss nan  eta 0:22:30",
         "[note] as it is",
     ]

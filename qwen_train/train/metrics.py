@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 OUTCOMES = ("running", "finished", "interrupted", "refused", "failed")
 
-# Metric -> (short name, format) on the console, in this order; evaluation prints all that it has.
+# Metric -> (short name, format) on the console, in this order.
 CONSOLE = {
     "train/loss": ("loss", ".4f"),
     "train/learning_rate": ("lr", ".2e"),
@@ -41,6 +41,18 @@ CONSOLE = {
     "perf/tokens_per_second": ("tok/s", ",.0f"),
     "perf/pairs_per_second": ("pairs/s", ".2f"),
 }
+# Of an evaluation's two dozen; all of them are in metrics.jsonl and TensorBoard.
+CONSOLE_EVAL = (
+    "eval/loss",
+    "eval/mean_token_accuracy",
+    "eval/turns_ended",
+    "eval/rewards/margins",
+    "eval/rewards/accuracies",
+    "eval/logps/accuracies",
+    "eval/exact_match",
+    "eval/sft/loss",
+    "eval/sft/exact_match",
+)
 
 
 def write_status(folder: Path, outcome: str, reason: str = "", step: int | None = None, **facts: Any) -> None:
@@ -169,7 +181,7 @@ class Metrics:
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         eta = self._eta(step)
         shown = [f"{short} {values[name]:{form}}" for name, (short, form) in CONSOLE.items() if name in values]
-        held_out = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("eval/")]
+        held_out = [f"{name} {values[name]:.4f}" for name in CONSOLE_EVAL if name in values]
         if self.progress is None:
             tail = [f"eta {eta}"] if shown else []
             self.console.print("  ".join([f"step {step}/{self.total_steps}", *shown, *held_out, *tail]), markup=False)
