@@ -194,9 +194,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.path: no tokenizer in {config.path}: {_first_line(error)}; give a model's hub id or folder"
-        ) from None
+        raise ValueError(_unreadable("tokenizer", config.path, error)) from None
     if tokenizer.chat_template is None:
         raise ValueError(
             f"model.path: the tokenizer of {config.path} has no chat template; take an Instruct model's tokenizer "
@@ -214,9 +212,7 @@ def load_model_config(config: ModelConfig) -> Any:
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.path: no model config in {config.path}: {_first_line(error)}; check the path"
-        ) from None
+        raise ValueError(_unreadable("model config", config.path, error)) from None
     if model_config.model_type not in FAMILIES:
         raise ValueError(
             f"model.path: {config.path} is a {model_config.model_type} model; "
@@ -235,6 +231,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model_type: str) -> tuple
             f"{pad}; take a Qwen tokenizer"
         )
     return end, pad
+
+
+def _unreadable(what: str, path: str, error: Exception) -> str:
+    if "connect" in str(error):
+        return (
+            f"model.path: the hub could not be reached for the {what} of {path}, and it is not in the local cache; give a "
+            "local folder, or with a cached model set HF_HUB_OFFLINE=1"
+        )
+    return f"model.path: no {what} in {path}: {_first_line(error)}; give a model's hub id or folder"
 
 
 def _first_line(error: Exception) -> str:
