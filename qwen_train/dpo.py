@@ -52,6 +52,7 @@ def train(config: DPOConfig, run: Run) -> None:
     find_sources(splits)  # before anything asks the hub
     config, notes = resolve_start(config)
     tokenizer = load_tokenizer(config.model)
+    shape = load_model_config(config.model)
     check_reference(config, tokenizer)
     folder = run.from_main(lambda: open_run(config))
     run.note(f"run: {folder.path}", *notes, *folder.notes)
@@ -73,7 +74,6 @@ def train(config: DPOConfig, run: Run) -> None:
     lengths = packed_lengths(data.dataset, config.reference.share_prompt)
     collate = collate_preferences(data.dataset, config.reference.share_prompt)
     assert isinstance(folder.config, DPOConfig)
-    shape = load_model_config(folder.config.model)
     config = resolve_auto(folder.config, run.device, int(lengths.max()), shape, run.free_memory())
     record_config(run, folder, config)
     held_out = skills = None
@@ -108,7 +108,7 @@ def train(config: DPOConfig, run: Run) -> None:
     reference = Reference(config, model, tokenizer, run, folder)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     model, optimizer = run.prepare(model, optimizer)
-    progress = restore(folder, model, optimizer)
+    progress = restore(folder, model, optimizer, data.fingerprint)
     ref_logps = reference.of_data(run, data, collate, lengths)
     if held_out:
         eval_ref_logps = reference.of_data(run, eval_data, held_out.collate, held_out.lengths)
@@ -165,9 +165,11 @@ def train(config: DPOConfig, run: Run) -> None:
             grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
             if math.isfinite(grad_norm):  # the same number on every rank, so all of them agree
                 optimizer.step()
+                progress.skipped_in_a_row = 0
             else:
-                progress.skipped += 1
-                metrics.note(f"step {step + 1}: gradient norm {grad_norm}, update skipped; rows {microbatches.rows}")
+                metrics.note(
+                    f"step {step + 1}: rows {microbatches.rows}: {progress.skip(f'gradient norm {grad_norm}')}"
+                )
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens
             throughput.add(microbatches.num_tokens, microbatches.num_sequences)

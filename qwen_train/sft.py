@@ -34,6 +34,7 @@ def train(config: SFTConfig, run: Run) -> None:
 
     # -- data ---------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
+    shape = load_model_config(config.model)
     tokenize = functools.partial(
         tokenize_conversations,
         tokenizer=tokenizer,
@@ -44,7 +45,6 @@ def train(config: SFTConfig, run: Run) -> None:
     )
     data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
     run.note(f"data.train: {data.report.summary()}")
-    shape = load_model_config(folder.config.model)
     config = resolve_auto(folder.config, run.device, int(data.column("length").max()), shape, run.free_memory())
     record_config(run, folder, config)
     held_out = None
@@ -72,7 +72,7 @@ def train(config: SFTConfig, run: Run) -> None:
     model = load_model(config, tokenizer, run.device, folder.base, run.is_main)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     model, optimizer = run.prepare(model, optimizer)
-    progress = restore(folder, model, optimizer)
+    progress = restore(folder, model, optimizer, data.fingerprint)
     flops = functools.partial(
         flops_per_token,
         model.lm.config,
@@ -110,9 +110,11 @@ def train(config: SFTConfig, run: Run) -> None:
             grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
             if math.isfinite(grad_norm):  # the same number on every rank, so all of them agree
                 optimizer.step()
+                progress.skipped_in_a_row = 0
             else:
-                progress.skipped += 1
-                metrics.note(f"step {step + 1}: gradient norm {grad_norm}, update skipped; rows {microbatches.rows}")
+                metrics.note(
+                    f"step {step + 1}: rows {microbatches.rows}: {progress.skip(f'gradient norm {grad_norm}')}"
+                )
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens
             throughput.add(microbatches.num_tokens, microbatches.num_sequences)

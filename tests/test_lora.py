@@ -81,6 +81,25 @@ def test_equals_peft(monkeypatch: pytest.MonkeyPatch):
         assert (plain(batch).logps - one[0]).abs().max() > 1e-2, "the adapter does something"
 
 
+def test_an_adapter_of_several_scales(monkeypatch: pytest.MonkeyPatch):
+    """alpha_pattern of a continued adapter: the group is left to PEFT rather than computed with one scale for all."""
+    with_adapter = load._with_adapter
+
+    def patterned(*args: Any) -> Any:
+        model = with_adapter(*args)
+        for name, module in model.named_modules():
+            if name.endswith("k_proj"):
+                module.scaling["default"] *= 8
+        return model
+
+    monkeypatch.setattr(load, "_with_adapter", patterned)
+    plain, fused = build(monkeypatch, fused=False), build(monkeypatch)
+    assert not any("q_proj" in name and hasattr(m, "leader") for name, m in fused.named_modules())
+    batch = make_batch(0)
+    one, other = logps_and_gradients(plain, batch), logps_and_gradients(fused, batch)
+    assert (one[0] - other[0]).abs().max() <= 1e-5 and farthest(one[1], other[1]) <= 1e-5
+
+
 def test_a_wrong_scale_would_show(monkeypatch: pytest.MonkeyPatch):
     plain, fused = build(monkeypatch, fused=False), build(monkeypatch)
     for module in fused.modules():

@@ -236,8 +236,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model_type: str) -> tuple
 def _unreadable(what: str, path: str, error: Exception) -> str:
     if "connect" in str(error):
         return (
-            f"model.path: the hub could not be reached for the {what} of {path}, and it is not in the local cache; give a "
-            "local folder, or with a cached model set HF_HUB_OFFLINE=1"
+            f"model.path: the hub could not be reached for the {what} of {path}, and it is not in the local cache; "
+            "give a local folder, or with a cached model set HF_HUB_OFFLINE=1"
         )
     return f"model.path: no {what} in {path}: {_first_line(error)}; give a model's hub id or folder"
 
@@ -411,13 +411,28 @@ def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: P
     os.replace(unfinished, base)
 
 
+def _check_continued(model: PeftModel, folder: str) -> None:
+    """Refuse an adapter of which training would miss a part."""
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    beyond = [name for name in adapted if name.endswith(("lm_head", "embed_tokens"))]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    beyond += [name for name in trained if ".lora_" not in name]
+    if beyond:
+        raise ValueError(
+            f"model.adapter_start: {folder} also holds {beyond[0].removeprefix('base_model.model.')}, which training "
+            "here does not reach (heads, embeddings, modules_to_save, biases); use adapter_start merge"
+        )
+
+
 def _with_adapter(lm: PreTrainedModel, config: SFTConfig) -> PreTrainedModel | PeftModel:
     lm.requires_grad_(not config.lora.enabled)
     if not config.lora.enabled:
         return lm
     if config.model.adapter is not None and config.model.adapter_start == "continue":
         read_adapter_config(config.model.adapter)
-        return PeftModel.from_pretrained(lm, config.model.adapter, is_trainable=True)
+        model = PeftModel.from_pretrained(lm, config.model.adapter, is_trainable=True)
+        _check_continued(model, config.model.adapter)
+        return model
     torch.manual_seed(config.run.seed)
     lora = config.lora
     try:

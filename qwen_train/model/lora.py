@@ -300,7 +300,7 @@ def fuse_lora(layers: Sequence[nn.Module], fp8: bool = False, share_storage: boo
     for layer in layers:
         for parent, names in GROUPS:
             members = [getattr(getattr(layer, parent), name) for name in names]
-            if all(_is_plain(member) for member in members):
+            if all(_is_plain(member) for member in members) and _share_scale(members):
                 _group(members, fp8, share_storage)
                 count += 1
                 mlp: Any = getattr(layer, parent)
@@ -317,8 +317,15 @@ def fuse_lora(layers: Sequence[nn.Module], fp8: bool = False, share_storage: boo
 def _is_plain(member: nn.Module) -> bool:
     if not isinstance(member, LoraLayer) or not hasattr(member, "base_layer"):
         return False
+    if any(getattr(linear, "bias", None) is not None for linear in member.lora_B.values()):
+        return False
     dropout = any(not isinstance(module, nn.Identity) for module in member.lora_dropout.values())
     return not dropout and not member.lora_variant and len(set(member.scaling.values())) == 1
+
+
+def _share_scale(members: Sequence[Any]) -> bool:
+    """Whether one scale serves the group: an adapter with alpha_pattern or rank_pattern may have several."""
+    return len({scale for member in members for scale in member.scaling.values()}) == 1
 
 
 def _group(members: Sequence[Any], fp8: bool, share_storage: bool) -> None:

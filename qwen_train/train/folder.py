@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -10,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import yaml
 from torch.optim import Optimizer
@@ -38,6 +40,11 @@ from qwen_train.train.files import (
 )
 from qwen_train.train.metrics import write_status
 from qwen_train.train.optim import load_optimizer_state, optimizer_state
+
+MAX_SKIPPED = 10
+"""Updates skipped in a row after which a run ends."""
+
+_LOCKS: dict[Path, IO[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ def open_run(config: SFTConfig) -> RunFolder:
     """
     assert config.run.name is not None
     path = Path(config.run.dir) / config.run.name
+    _lock(path, config.data.cache_dir)
     if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
         raise ValueError(
             f"run.resume: {config.run.resume} is not a checkpoint folder; give one, or auto for the newest, or never"
@@ -83,6 +91,29 @@ def open_run(config: SFTConfig) -> RunFolder:
     if not is_new and config.run.resume == "never":
         raise ValueError(f"run.resume: never, but {path} holds a run already; delete it or choose another run.name")
     return _begin(config, path) if is_new else _continue(config, path)
+
+
+def _lock(path: Path, cache_dir: str) -> None:
+    """Make this process the only one on this machine that works in the run's folder, for as long as it lives.
+
+    Two would write the same metrics and checkpoints. The lock lies in the cache, so that a refused run leaves nothing
+    behind; it is of the process (POSIX), so it ends with a killed one and its workers do not inherit it.
+    """
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    file = Path(cache_dir).expanduser() / "locks" / name
+    if file in _LOCKS:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _LOCKS[file] = open(file, "a")  # noqa: SIM115  # held until the process ends
+        fcntl.lockf(_LOCKS[file], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        _LOCKS.pop(file, None)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(
+                f"run.name: another process is training in {path}; wait for it, or choose another run.name"
+            ) from None
+        raise ValueError(f"data.cache_dir: cannot write to {file.parent}: {error.strerror}; choose another") from None
 
 
 def _begin(config: SFTConfig, path: Path) -> RunFolder:
@@ -187,6 +218,22 @@ class Progress:
     """Tokens trained on, of all ranks."""
     skipped: int = 0
     """Steps whose update was skipped, because the gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of those, the last ones without an update between them."""
+    data: str = ""
+    """Fingerprint of the token arrays that the steps are cut from."""
+
+    def skip(self, reason: str) -> str:
+        """Count a skipped update; what to say of it. Raises ValueError where nothing else happens any more."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise ValueError(
+                f"optim.lr: {MAX_SKIPPED} updates in a row were skipped, the last one since {reason}; lower optim.lr, "
+                "or look at the rows named above; the last checkpoint is intact"
+            )
+        return f"update skipped: {reason}"
+
     evaluated: int = -1
     """The last step after which held-out data was evaluated; a resumed run makes up for one that was cut short."""
 
@@ -210,11 +257,20 @@ def save(
     run.barrier()
 
 
-def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer) -> Progress:
-    """Weights, optimizer and progress of the checkpoint that the run goes on from; a fresh start if there is none."""
+def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str) -> Progress:
+    """Weights, optimizer and progress of the checkpoint that the run goes on from; a fresh start if there is none.
+
+    `data`: fingerprint of the token arrays. Raises ValueError if it is not the checkpoint's, since rows would then be
+    trained twice or never.
+    """
     if folder.checkpoint is None:
-        return Progress()
+        return Progress(data=data)
     tensors, state = load_checkpoint(folder.checkpoint, check=False)
+    if state["data"] != data:
+        raise ValueError(
+            f"{folder.checkpoint}: the data are no longer those of the run: files of data.train, the tokenizer, its "
+            "template or the code that reads them have changed; put them back, or start anew with another run.name"
+        )
     load_trainable(model, tensors["model"])
     load_optimizer_state(optimizer, trainable_parameters(model).items(), tensors["optimizer"])
     return Progress(**{field.name: state[field.name] for field in fields(Progress)})
