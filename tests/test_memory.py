@@ -91,6 +91,9 @@ def test_what_cannot_fit_is_said_with_numbers():
 def test_more_of_anything_takes_more():
     base = config()
     least = estimate_memory(base, SHAPE_7B, 4096, 14)
+    in_fp32 = dataclasses.replace(base, model=ModelConfig(dtype="float32"))
+    assert estimate_memory(in_fp32, SHAPE_7B, 4096, 14).weights == 2 * least.weights
+    assert estimate_memory(config(dropout=0.1), SHAPE_7B, 4096, 14).activations > least.activations
     assert estimate_memory(base, SHAPE_7B, 8192, 14).activations == 2 * least.activations
     assert estimate_memory(base, SHAPE_7B, 4096, 0).activations > least.activations
     wider = dataclasses.replace(base, lora=LoraConfig(r=128))
