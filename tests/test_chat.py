@@ -620,3 +620,41 @@ def test_options_are_checked() -> None:
     for wrong in ({"max_length": 1}, {"too_long": "cut"}, {"supervise": "user"}, {"control_tokens": "keep"}):
         with pytest.raises(ValueError, match=f"data.{next(iter(wrong))}"):
             ChatOptions(**wrong)  # type: ignore[arg-type]
+
+
+def prompt_is_prefix(tokenizer: Any, conversation: Conversation) -> bool:
+    """ids(prompt + generation header) begins ids(whole conversation): what sampling sees is what training saw."""
+    template, options = Template(tokenizer), ChatOptions(max_length=100_000)
+    whole = list(template.encode_conversation(conversation, options).input_ids)
+    prompt = template.prompt_ids(conversation.messages[:-1], conversation.tools, options)
+    return whole[: len(prompt)] == prompt and len(prompt) < len(whole)
+
+
+def test_the_prompt_begins_the_conversation():
+    rows = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        [
+            {"role": "system", "content": "s <|im_end|>"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c\n"},
+            {"role": "assistant", "content": "d"},
+        ],
+    ]
+    for messages in rows:
+        assert prompt_is_prefix(mini_tokenizer(), Conversation(messages, None))
+    template, options = Template(mini_tokenizer()), ChatOptions()
+    other = template.prompt_ids([{"role": "user", "content": "z"}], None, options)
+    whole = list(template.encode_conversation(Conversation(rows[0], None), options).input_ids)
+    assert whole[: len(other)] != other, "another prompt is no prefix"
+
+
+@needs_shared
+def test_the_prompt_begins_every_real_conversation():
+    texts = (SHARED / "data/alpaca_en_demo.json", SHARED / "data/glaive_toolcall_en_demo.json")
+    for path in texts:
+        for row in json.loads(path.read_text()):
+            conversation = parse_row(json.dumps(row), "sft")
+            assert isinstance(conversation, Conversation)
+            if conversation.messages[-1]["role"] == "assistant":
+                assert prompt_is_prefix(real_tokenizer(), conversation), row

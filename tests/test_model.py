@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwen_train import sft
 from qwen_train.config import SFTConfig, load_config
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
-from qwen_train.model.load import PackedLM, load_model, load_tokenizer, trainable_parameters
+from qwen_train.model.load import PackedLM, load_model, load_tokenizer, special_tokens, trainable_parameters
 from qwen_train.model.memory import resolve_auto
 from qwen_train.train.distributed import Run
 from tests.scripts import TINY, read_metrics
@@ -488,3 +488,24 @@ def test_a_continued_adapter_keeps_its_rank_on_the_card(world: World, start: Tra
         "The adapter's rank is 4; of the ranks that vLLM takes, 8 is the next"
         in (trained.folder / "README.md").read_text()
     )
+
+
+def test_the_logged_norm_is_that_before_clipping(own_signals: None):
+    layer = nn.Linear(4, 3)
+    layer(torch.randn(5, 4)).pow(2).sum().backward()
+    plain = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+    norm = float(plain.norm())
+    run = Run(seed=0, deterministic=False)
+    assert run.clip_grad_norm(layer, norm / 10) == pytest.approx(norm, rel=1e-5)
+    clipped = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+    assert float(clipped.norm()) == pytest.approx(norm / 10, rel=1e-4)
+    assert run.clip_grad_norm(layer, 0) == pytest.approx(norm / 10, rel=1e-4), "0 clips nothing"
+
+
+def test_pad_and_end_must_differ():
+    class OneForBoth:
+        def convert_tokens_to_ids(self, _token: str) -> int:
+            return 7
+
+    with pytest.raises(ValueError, match="got ids 7 and 7"):
+        special_tokens(OneForBoth(), "qwen2")  # type: ignore[arg-type]

@@ -77,6 +77,18 @@ def whole(tiny: Tiny) -> Path:
     return tiny.folder / "whole"
 
 
+def test_the_logged_loss_is_that_of_its_step(tiny: Tiny, whole: Path):
+    """Not a mean since the line before: with a line every third step the numbers of those steps are the same."""
+    result = tiny.run("seldom", "--run.log_every=3")
+    assert result.code == 0, result.output
+    names = ("train/loss", "train/grad_norm", "train/mean_token_accuracy", "train/num_tokens")
+    often = {line["step"]: [line.get(name) for name in names] for line in read_metrics(whole)}
+    seldom = {line["step"]: [line.get(name) for name in names] for line in read_metrics(tiny.folder / "seldom")}
+    logged = [step for step, values in seldom.items() if values[0] is not None]
+    assert {3, 6, 9} <= set(logged) and 4 not in logged
+    assert all(seldom[step] == often[step] for step in logged)
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -133,6 +133,8 @@ def test_runs_by_epochs_end_with_a_smaller_step_and_runs_by_steps_wrap():
     stream = make(epochs=1)
     assert [stream[step].num_sequences for step in range(13)] == [8] * 12 + [5]
     assert stream[12].epoch == 1.0
+    # The loss of the smaller step is divided by its own tokens.
+    assert stream[12].total_weight == pytest.approx(float(stream.total_weights[stream[12].rows].sum()))
     for outside in (13, -1):
         with pytest.raises(IndexError):
             stream[outside]

@@ -4,8 +4,10 @@
 compilation and activation checkpointing. PEFT is spoken to here only.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -406,9 +409,17 @@ def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: P
     """Write the random weights of a `from_scratch` run, whole or not at all: its adapter is worth nothing without."""
     disable_progress_bar()
     unfinished = base.with_name(f"{base.name}.tmp-{uuid.uuid4().hex}")
-    lm.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    os.replace(unfinished, base)
+    try:
+        lm.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        for path in unfinished.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(unfinished, base)
+    except SafetensorError as error:  # a full disk, in the words of a library that does not know OSError
+        raise OSError(errno.EIO, f"the base could not be written: {error}", str(base)) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_continued(model: PeftModel, folder: str) -> None:
