@@ -103,8 +103,7 @@ def quantize_fp8(weight: Tensor) -> list[Tensor]:
 
 def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x[n, m] @ weight[o, m]^T with x rounded to e4m3 row by row; scale[1, o] is the weight's. In x's dtype."""
-    if not x.is_cuda:  # the same arithmetic, for tests
-        values, x_scale = round_rows(x)
-        return ((values.float() * x_scale) @ (weight.float() * scale.T).T).to(x.dtype)
     values, x_scale = round_rows(x)
+    if not x.is_cuda:  # the same arithmetic, for tests
+        return ((values.float() * x_scale) @ (weight.float() * scale.T).T).to(x.dtype)
     return torch._scaled_mm(values, weight.T, scale_a=x_scale, scale_b=scale, out_dtype=x.dtype, use_fast_accum=True)

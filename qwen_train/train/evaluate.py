@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from qwen_train.train.reference import Reference, RefLogps, score_pairs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qwen_train.data.packing import IntArray
+    from qwen_train.data.packing import Batch, IntArray
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,27 @@ def hold_out(data: TokenDataset, collate: Collate, template: Template, config: S
     return HeldOut(lengths, collate, tokens, prompts, answers, config.run.eval_sample_tokens)
 
 
+def _in_evaluation(run: Run, model: PackedLM, held_out: HeldOut) -> Iterator["Batch"]:
+    """This rank's held-out batches on the device, the model in evaluation mode until they end.
+
+    Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
+    """
+    model.eval()
+    try:
+        for batch in eval_batches(
+            lengths=held_out.lengths,
+            collate=held_out.collate,
+            tokens_per_microbatch=held_out.tokens_per_microbatch,
+            rank=run.rank,
+            world_size=run.world_size,
+        ):
+            if run.should_stop():
+                raise Interrupted("stopped in an evaluation")
+            yield batch.to(run.device, non_blocking=True)
+    finally:
+        model.train()
+
+
 @torch.no_grad()
 def evaluate_sft(run: Run, model: PackedLM, held_out: HeldOut) -> dict[str, float]:
     """Exact means over all held-out tokens: `eval/loss` (nats per token, weighted), `eval/mean_token_accuracy` and
@@ -61,18 +82,7 @@ def evaluate_sft(run: Run, model: PackedLM, held_out: HeldOut) -> dict[str, floa
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
     sums = torch.zeros(6, dtype=torch.float64, device=run.device)
-    model.eval()
-    for batch in eval_batches(
-        lengths=held_out.lengths,
-        collate=held_out.collate,
-        tokens_per_microbatch=held_out.tokens_per_microbatch,
-        rank=run.rank,
-        world_size=run.world_size,
-    ):
-        if run.should_stop():
-            model.train()
-            raise Interrupted("stopped in an evaluation")
-        batch = batch.to(run.device, non_blocking=True)
+    for batch in _in_evaluation(run, model, held_out):
         scores = model(batch)
         ends = batch.targets == model.end_token
         values = (
@@ -84,7 +94,6 @@ def evaluate_sft(run: Run, model: PackedLM, held_out: HeldOut) -> dict[str, floa
             ends.sum(),
         )
         sums += torch.stack([value.to(sums) for value in values])
-    model.train()
     nll, weight, correct, tokens, ended, turns = run.sum(sums)
     return {
         "eval/loss": nll / weight,
@@ -183,22 +192,10 @@ def evaluate_dpo(
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
     sums = torch.zeros(18, dtype=torch.float64, device=run.device)
-    model.eval()
-    for batch in eval_batches(
-        lengths=held_out.lengths,
-        collate=held_out.collate,
-        tokens_per_microbatch=held_out.tokens_per_microbatch,
-        rank=run.rank,
-        world_size=run.world_size,
-    ):
-        if run.should_stop():
-            model.train()
-            raise Interrupted("stopped in an evaluation")
-        batch = batch.to(run.device, non_blocking=True)
+    for batch in _in_evaluation(run, model, held_out):
         reference = ref_logps(batch)
         pairs = score_pairs(model(batch).logps, reference, batch)
         sums += pair_sums(pairs, preference_loss(pairs, config), config)
-    model.train()
     return preference_metrics("eval", run.sum(sums))
 
 
