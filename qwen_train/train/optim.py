@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from qwen_train.config import OptimConfig
 
 ParamGroups = list[dict[str, Any]]
+BLOCK_8BIT = 256  # moments that share a scale, in bitsandbytes' kernels
+SMALLEST_8BIT = 4096  # elements; below, moments stay in fp32
+SHARDED_8BIT = (
+    "optim.name: adamw_8bit fails on the shards of FSDP2 (DTensors); use adamw, whose moments are sharded, or train an "
+    "adapter with configs/accelerate/ddp.yaml"
+)
 
 
 # ---- schedules: progress after the warm-up, in [0, 1) -> share of the way from min_lr_ratio * lr up to lr ----
@@ -162,6 +168,104 @@ class MasterWeights(Optimizer):
         return state
 
 
+class MasterWeights8bit(Optimizer):
+    """AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861): 10 bytes a bf16 parameter.
+
+    bitsandbytes' kernels, with fp32 masters for bf16 parameters as in MasterWeights: 2 bytes of weight, 2 of gradient,
+    4 of master, 2 of moments (and 8 bytes of scales a block of 256). fp32 parameters are their own masters. Tensors
+    below 4,096 elements keep fp32 moments, as in bitsandbytes. Entries of the state have its names; the two tables that
+    decode the moments are constants and no state.
+    """
+
+    def __init__(
+        self,
+        groups: ParamGroups,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float = 1e-8,
+        chunk_elements: int = 2**26,
+    ) -> None:
+        import bitsandbytes.functional  # costs seconds, and only this optimizer needs it
+
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        assert chunk_elements % BLOCK_8BIT == 0, "a scale belongs to one chunk"
+        self.chunk_elements = chunk_elements
+        self._kernels = bitsandbytes.functional
+        self._tables = [self._kernels.create_dynamic_map(signed) for signed in (True, False)]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the masters and round the parameters; of the gradients one chunk at a time exists in fp32."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group)
+
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        state = self._state(param)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        flat = param.detach().view(-1)
+        gradient = param.grad.detach().reshape(-1)  # type: ignore[union-attr]
+        master = state["master"].view(-1) if "master" in state else flat
+        moments = state["state1"].view(-1), state["state2"].view(-1)
+        if moments[0].dtype == torch.float32:
+            self._kernels.optimizer_update_32bit(
+                "adam",
+                gradient.to(torch.float32),
+                master,
+                moments[0],
+                beta1,
+                group["eps"],
+                state["step"],
+                group["lr"],
+                state2=moments[1],
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+            )
+        else:
+            self._tables = [table.to(param.device) for table in self._tables]
+            for begin in range(0, param.numel(), self.chunk_elements):
+                chunk = slice(begin, begin + self.chunk_elements)
+                scales = slice(begin // BLOCK_8BIT, -(-chunk.stop // BLOCK_8BIT))
+                self._kernels.optimizer_update_8bit_blockwise(
+                    "adam",
+                    gradient[chunk].to(torch.float32),
+                    master[chunk],
+                    moments[0][chunk],
+                    moments[1][chunk],
+                    beta1,
+                    beta2,
+                    0.0,  # the third beta and alpha are AdEMAMix's
+                    0.0,
+                    group["eps"],
+                    state["step"],
+                    group["lr"],
+                    self._tables[0],
+                    self._tables[1],
+                    state["absmax1"][scales],
+                    state["absmax2"][scales],
+                    weight_decay=group["weight_decay"],
+                )
+        if master is not flat:
+            flat.copy_(master)
+
+    def _state(self, param: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            assert param.is_contiguous(), "a flat view must alias the parameter"
+            dtype = torch.uint8 if param.numel() >= SMALLEST_8BIT else torch.float32
+            state["step"] = 0
+            for number in (1, 2):
+                state[f"state{number}"] = torch.zeros_like(param, dtype=dtype)
+                if dtype == torch.uint8:
+                    blocks = -(-param.numel() // BLOCK_8BIT)
+                    state[f"absmax{number}"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+            if param.dtype != torch.float32:
+                state["master"] = param.detach().to(torch.float32)
+        return state
+
+
 def adamw(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
     """Fused AdamW with fp32 moments; bf16 parameters get fp32 masters."""
     params = _params(groups)
@@ -171,15 +275,10 @@ def adamw(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
 
 
 def adamw_8bit(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
-    """AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861); tensors below 4,096 keep fp32."""
-    if any(param.dtype != torch.float32 for param in _params(groups)):
-        raise ValueError(
-            "optim.name: adamw_8bit keeps no fp32 masters, so bf16 weights would not move at this learning rate; "
-            "use adamw, or train adapters (lora.enabled true)"
-        )
-    from bitsandbytes.optim import AdamW8bit  # costs seconds and is only needed here
-
-    return AdamW8bit(groups, lr=config.lr, betas=config.betas)
+    """AdamW with 8-bit moments; bf16 parameters get fp32 masters. Raises ValueError for parameters that are shards."""
+    if any(hasattr(param, "full_tensor") for param in _params(groups)):
+        raise ValueError(SHARDED_8BIT)
+    return MasterWeights8bit(groups, lr=config.lr, betas=config.betas)
 
 
 OPTIMIZERS: dict[str, Callable[[ParamGroups, "OptimConfig"], Optimizer]] = {"adamw": adamw, "adamw_8bit": adamw_8bit}
@@ -256,21 +355,19 @@ def _optimized(optimizer: Optimizer, named_params: Iterable[tuple[str, Tensor]])
 
 def _check_entries(optimizer: Optimizer, name: str, param: Tensor, entries: Mapping[str, Tensor]) -> None:
     """Refuse the state of another kind of optimizer or of another shape."""
-    if isinstance(optimizer, AdamW | MasterWeights):
-        expected = {"step", "exp_avg", "exp_avg_sq"}
-        if isinstance(optimizer, MasterWeights) and param.dtype != torch.float32:
-            expected.add("master")
-        fits = entries.keys() == expected
-    else:  # bitsandbytes: moments, and for large tensors the tables and scales that decode them
-        expected = {"step", "state1", "state2"}
-        fits = entries.keys() >= expected
-    if not fits:
+    names = ("state1", "state2") if isinstance(optimizer, MasterWeights8bit) else ("exp_avg", "exp_avg_sq")
+    shapes = dict.fromkeys(names, param.shape)
+    if isinstance(optimizer, MasterWeights | MasterWeights8bit) and param.dtype != torch.float32:
+        shapes["master"] = param.shape
+    if isinstance(optimizer, MasterWeights8bit) and param.numel() >= SMALLEST_8BIT:
+        shapes |= dict.fromkeys(("absmax1", "absmax2"), torch.Size([-(-param.numel() // BLOCK_8BIT)]))
+    if entries.keys() != {"step", *shapes}:
         raise ValueError(
-            f"optimizer state: {name} has {sorted(entries)}, but {type(optimizer).__name__} keeps {sorted(expected)}; "
-            "resume with the optim.name and model.dtype it was saved with"
+            f"optimizer state: {name} has {sorted(entries)}, but {type(optimizer).__name__} keeps "
+            f"{sorted({'step', *shapes})}; resume with the optim.name and model.dtype it was saved with"
         )
-    for key in expected - {"step"}:
-        if entries[key].shape != param.shape:
+    for key, shape in shapes.items():
+        if entries[key].shape != shape:
             raise ValueError(
                 f"optimizer state: {name}/{key} has shape {tuple(entries[key].shape)}, the parameter "
                 f"{tuple(param.shape)}; resume with the model and LoRA setting it was saved with"
