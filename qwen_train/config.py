@@ -215,7 +215,7 @@ class OptimConfig:
     """How weights move."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw (fused, fp32 moments) or adamw_8bit (bitsandbytes' 8-bit moments; not under FSDP2). Both keep fp32 masters."""
+    """adamw (fused, fp32 moments) or adamw_8bit (bitsandbytes, 8-bit moments; not under FSDP2); masters are fp32."""
     lr: float = 2e-5
     """Peak learning rate (per step)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
