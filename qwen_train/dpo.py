@@ -44,6 +44,7 @@ from qwen_train.train.reference import (
     reference_source,
     score_pairs,
 )
+from qwen_train.train.saver import Saver
 
 
 def train(config: DPOConfig, run: Run) -> None:
@@ -127,7 +128,10 @@ def train(config: DPOConfig, run: Run) -> None:
         reference_forward=reference.source is not None and not config.reference.precompute,
     )
 
-    with Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics:
+    with (
+        Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics,
+        Saver(folder.checkpoints, config.run.keep) as saver,
+    ):
         throughput = Throughput(run.device, flops, run.world_size, unit="pairs")
 
         def evaluate() -> None:
@@ -193,9 +197,11 @@ def train(config: DPOConfig, run: Run) -> None:
             stopping = run.should_stop()
             if last or stopping or due(progress.step, config.run.save_every):
                 with throughput.paused():
-                    metrics.sync()
-                    save(run, folder, progress, model, optimizer, config)
+                    save(run, folder, progress, model, optimizer, config, saver, first=metrics.sync)
+            saver.check()
             if stopping:
+                saver.wait()
+                run.barrier()  # every rank leaves when the checkpoint is on the disk
                 raise Interrupted(f"stopped after step {progress.step} of {total_steps}")
 
     # -- what the run hands over --------------------------------------------------------------------------------------

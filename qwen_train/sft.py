@@ -20,6 +20,7 @@ from qwen_train.train.evaluate import evaluate_sft, hold_out, sample_answers
 from qwen_train.train.folder import due, open_run, record_config, restore, save
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
+from qwen_train.train.saver import Saver
 
 
 def train(config: SFTConfig, run: Run) -> None:
@@ -80,7 +81,10 @@ def train(config: SFTConfig, run: Run) -> None:
         head_fraction=data.report.supervised_tokens / data.report.tokens,
     )
 
-    with Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics:
+    with (
+        Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics,
+        Saver(folder.checkpoints, config.run.keep) as saver,
+    ):
         throughput = Throughput(run.device, flops, run.world_size)
 
         def evaluate() -> None:
@@ -140,9 +144,11 @@ def train(config: SFTConfig, run: Run) -> None:
             stopping = run.should_stop()
             if last or stopping or due(progress.step, config.run.save_every):
                 with throughput.paused():
-                    metrics.sync()
-                    save(run, folder, progress, model, optimizer, config)
+                    save(run, folder, progress, model, optimizer, config, saver, first=metrics.sync)
+            saver.check()
             if stopping:
+                saver.wait()
+                run.barrier()  # every rank leaves when the checkpoint is on the disk
                 raise Interrupted(f"stopped after step {progress.step} of {total_steps}")
 
     # -- what the run hands over --------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from qwen_train.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     require_same_result,
-    save_checkpoint,
     verify,
 )
 from qwen_train.train.distributed import START_INTERRUPTED, Interrupted, Run, env_is_main
@@ -39,7 +38,9 @@ from qwen_train.train.files import (
     write_file,
 )
 from qwen_train.train.metrics import write_status
+from qwen_train.train.sharding import shards_of
 from qwen_train.train.optim import load_optimizer_state, optimizer_state
+from qwen_train.train.saver import Saver
 
 MAX_SKIPPED = 10
 """Updates skipped in a row after which a run ends."""
@@ -243,9 +244,19 @@ def due(step: int, every: int) -> bool:
 
 
 def save(
-    run: Run, folder: RunFolder, progress: Progress, model: PackedLM, optimizer: Optimizer, config: SFTConfig
+    run: Run,
+    folder: RunFolder,
+    progress: Progress,
+    model: PackedLM,
+    optimizer: Optimizer,
+    config: SFTConfig,
+    saver: Saver,
+    first: Callable[[], None],
 ) -> None:
-    """Write a checkpoint: trained weights, optimizer state, progress. All ranks call it; rank 0 writes."""
+    """Begin a checkpoint of trained weights, optimizer state and progress; the loop waits for a copy of them alone.
+
+    All ranks call it; rank 0 writes, after `first()`.
+    """
     parameters = trainable_parameters(model)
     tensors = {
         "model": run.whole(parameters),
@@ -253,8 +264,7 @@ def save(
     }
     state = {"run_id": folder.run_id, "world_size": run.world_size, "config": as_dict(config), **asdict(progress)}
     if run.is_main:
-        save_checkpoint(folder.checkpoints, progress.step, tensors, state, config.run.keep)
-    run.barrier()
+        saver.save(progress.step, tensors, state, first)
 
 
 def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str) -> Progress:
@@ -271,8 +281,9 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
             f"{folder.checkpoint}: the data are no longer those of the run: files of data.train, the tokenizer, its "
             "template or the code that reads them have changed; put them back, or start anew with another run.name"
         )
-    load_trainable(model, tensors["model"])
-    load_optimizer_state(optimizer, trainable_parameters(model).items(), tensors["optimizer"])
+    parameters = trainable_parameters(model)
+    load_trainable(model, shards_of(tensors["model"], parameters))
+    load_optimizer_state(optimizer, parameters.items(), shards_of(tensors["optimizer"], parameters))
     return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 

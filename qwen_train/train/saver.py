@@ -1,0 +1,135 @@
+"""Checkpoints written while training goes on: the loop waits for a copy of the tensors, a thread for the disk.
+
+What the thread does is `save_checkpoint`, in its order, so whatever kills the process leaves what it would have left.
+There is one save at a time: the next one, and every way out of the `with` block, waits for it. An error of the disk is
+raised by the next `check`, `save` or `wait`.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from qwen_train.train.checkpoint import save_checkpoint
+from qwen_train.train.distributed import Interrupted
+
+logger = logging.getLogger(__name__)
+
+FREE_SHARE = 0.5
+"""Share of the free memory that copies may take; a larger state is written from where it lies, and the loop waits."""
+
+
+class Saver:
+    """Writes one run's checkpoints to `folder` and keeps the newest `keep`."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._copies: dict[str, dict[str, Tensor]] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the thread. A save that failed matters more than a signal to leave, less than any other error."""
+        try:
+            self.wait()
+        except Exception as failure:
+            if error is None or isinstance(error, Interrupted):
+                raise
+            logger.warning("%s", failure)
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        first: Callable[[], None] | None = None,
+    ) -> None:
+        """Begin to write `step-<step>`, as `save_checkpoint` does; the tensors may change as soon as this returns.
+
+        `first` is called in the thread before anything is written. Raises SaveError if the save before this one failed.
+        """
+        self.wait()
+        copy = _fits(tensors)
+        if copy:
+            self._copies, ready = copied(tensors, self._copies)
+
+        def write() -> None:
+            if first is not None:
+                first()
+            if copy:
+                ready()
+            save_checkpoint(self.folder, step, self._copies if copy else tensors, state, self.keep)
+
+        if copy:
+            self._start(write)
+        else:
+            write()
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # raised again by wait()
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what a save that has ended failed with; does not wait for one that has not."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the save in progress, if any, is on the disk. Raises SaveError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def _fits(tensors: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether copies leave enough of the memory; page-locked ones are rounded up to powers of two."""
+    needed = sum(_power_of_two(tensor.nbytes) for flat in tensors.values() for tensor in flat.values())
+    return needed <= FREE_SHARE * psutil.virtual_memory().available
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size > 1 else size
+
+
+def copied(
+    tensors: dict[str, dict[str, Tensor]], old: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, dict[str, Tensor]], Callable[[], None]]:
+    """Copies in (page-locked) host memory, in the buffers of `old` where they fit, and what waits until they are whole.
+
+    Copies from a GPU run in its stream's order, before whatever the loop does next to the tensors, so the host need not
+    wait for them here.
+    """
+    copies: dict[str, dict[str, Tensor]] = {}
+    for stem, flat in tensors.items():
+        copies[stem] = {}
+        for name, tensor in flat.items():
+            buffer = old.get(stem, {}).get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[stem][name] = buffer.copy_(tensor.detach(), non_blocking=True)
+    if not any(tensor.is_cuda for flat in tensors.values() for tensor in flat.values()):
+        return copies, lambda: None
+    done = torch.cuda.Event()
+    done.record()
+    return copies, done.synchronize
