@@ -426,6 +426,30 @@ def test_prefetching_changes_nothing_but_the_time(workers):
     assert list(prefetch(stream, range(0), workers=workers, pin_memory=False)) == []
 
 
+def test_the_budget_is_halved_down_to_the_longest_row():
+    stream = make(tokens_per_microbatch=130)
+    assert stream.halve_budget() and stream.tokens_per_microbatch == 65
+    assert stream.halve_budget() and stream.tokens_per_microbatch == LENGTHS.max() == 39
+    assert not stream.halve_budget() and stream.tokens_per_microbatch == 39
+    assert_same(stream[3], make(tokens_per_microbatch=39)[3])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_after_a_halved_budget_are_cut_by_it(workers):
+    """Workers hold the next four steps already, cut by the old one; none is lost and none comes twice."""
+    stream, before = make(tokens_per_microbatch=160), children()
+    got = []
+    for step, microbatches in prefetch(stream, range(2, 14), workers=workers, pin_memory=False):
+        got.append((step, microbatches))
+        if step in (4, 9):
+            assert stream.halve_budget()
+    assert [step for step, _ in got] == list(range(2, 14)) and children() == before
+    for step, microbatches in got:
+        budget = 160 if step <= 4 else 80 if step <= 9 else 40
+        assert_same(microbatches, make(tokens_per_microbatch=budget)[step])
+        assert len(microbatches) != len(make(tokens_per_microbatch=160)[step]) or step <= 4, "it does make a difference"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("workers", [0, 2])

@@ -4,10 +4,11 @@ There is no loader state: resuming is asking for a later step, and another numbe
 another number of workers sees the same sequences in the same steps.
 """
 
+import contextlib
 import heapq
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,6 +142,16 @@ class Stream:
             epoch=(step * self.sequences_per_step + len(rows)) / self.rows_per_epoch,
         )
 
+    def halve_budget(self) -> bool:
+        """Cut later steps into micro-batches of half as many tokens, but no fewer than the longest row has.
+
+        Returns False where they hold no more than that already.
+        """
+        smaller = max(self.tokens_per_microbatch // 2, int(self.lengths.max()))
+        changed = smaller < self.tokens_per_microbatch
+        self.tokens_per_microbatch = smaller
+        return changed
+
     def _num_positions(self, epochs: float) -> int:
         """Rows of the first ``epochs`` epochs; rounding keeps 1.1 epochs of 10 rows at 11 of them."""
         return math.ceil(round(epochs * self.rows_per_epoch, 6))
@@ -266,8 +277,9 @@ def prefetch(
     """``(step, stream[step])`` in the order of ``steps``, collated by worker processes ahead of the step.
 
     ``workers`` 0 collates in this process when the step is asked for. Each worker keeps two steps ready, runs one
-    thread, and ends with this generator (``close()``, or the loop that holds it). ``pin_memory`` has an effect with
-    CUDA only. torch's global random state is left alone.
+    thread, and ends with this generator (``close()``, or the loop that holds it). After a ``halve_budget`` the steps to
+    come are cut by the new budget. ``pin_memory`` has an effect with CUDA only. torch's global random state is left
+    alone.
     """
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
@@ -275,6 +287,21 @@ def prefetch(
             microbatches = stream[step]
             yield step, _pin(microbatches) if pin_memory else microbatches
         return
+    done = 0
+    while done < len(steps):
+        budget = stream.tokens_per_microbatch
+        with contextlib.closing(_collated_by_workers(stream, steps[done:], workers, pin_memory)) as collated:
+            for item in collated:
+                done += 1
+                yield item
+                if stream.tokens_per_microbatch != budget:
+                    break  # what comes next is cut by the old budget: workers that know the new one begin anew
+
+
+def _collated_by_workers(
+    stream: Stream, steps: Sequence[int], workers: int, pin_memory: bool
+) -> Generator[tuple[int, MicroBatches]]:
+    """What `prefetch` yields, by workers that keep the stream as it is now."""
     loader = DataLoader(
         _Shipments(stream),
         batch_size=None,
