@@ -48,6 +48,7 @@ from qwen_train.data.formats import (
     resolve_paths,
     row_place,
 )
+from qwen_train.data.scratch import MARK, clean_scratch, scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -345,13 +346,15 @@ def _tokenize(
     fingerprint = _fingerprint(kind, sources, tokenizer, options, format)
     root = Path(cache_dir).expanduser() / "tokens"
     folder = root / fingerprint
+    for left in clean_scratch(root):
+        log.warning("%s: deleted, left by a process that died while tokenising", left)
     if not folder.exists():
         _build(kind, sources, tokenizer, options, format, workers, folder)
     try:
         dataset, report = _load(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: the token cache is damaged (%s); it is built anew", folder, error)
-        aside = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}")
+        aside = folder.with_name(f"{folder.name}{MARK}{uuid.uuid4().hex}")  # and so deleted, if not by us
         _rename_away(folder, aside)
         _build(kind, sources, tokenizer, options, format, workers, folder)
         dataset, report = _load(folder)
@@ -388,40 +391,37 @@ def _build(
     folder: Path,
 ) -> None:
     """Tokenise into a temporary folder beside `folder` and rename it there; whoever comes second keeps the first's."""
-    work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        work.mkdir(parents=True)
-        raw = _RawRows(tuple(source.path for source in sources))
-        if next(raw(), None) is None:
-            raise ValueError(_nothing_left(sources, "the files hold no row"))
-        table = formats.build_table(
-            raw,
-            RAW_COLUMNS,
-            _Judge(kind, tokenizer, options, format),
-            {**COLUMNS[kind], **VERDICT_COLUMNS},
-            workers=workers,
-            rows_per_worker=ROWS_PER_WORKER,
-            batch_size=BATCH_ROWS,
-            folder=work / "work",
-        )
-        report, keep = _reported(kind, table, sources)
-        done = work / "done"
-        formats.save_table(table, keep, list(COLUMNS[kind]), done)
-        del table
-        (done / "report.json").write_text(json.dumps(asdict(report), indent=1))
-        manifest = {file.name: _file_hash(file) for file in sorted(done.iterdir())}
-        (done / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        try:
-            os.rename(done, folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        with scratch_folder(folder) as work:
+            raw = _RawRows(tuple(source.path for source in sources))
+            if next(raw(), None) is None:
+                raise ValueError(_nothing_left(sources, "the files hold no row"))
+            table = formats.build_table(
+                raw,
+                RAW_COLUMNS,
+                _Judge(kind, tokenizer, options, format),
+                {**COLUMNS[kind], **VERDICT_COLUMNS},
+                workers=workers,
+                rows_per_worker=ROWS_PER_WORKER,
+                batch_size=BATCH_ROWS,
+                folder=work / "work",
+            )
+            report, keep = _reported(kind, table, sources)
+            done = work / "done"
+            formats.save_table(table, keep, list(COLUMNS[kind]), done)
+            del table
+            (done / "report.json").write_text(json.dumps(asdict(report), indent=1))
+            manifest = {file.name: _file_hash(file) for file in sorted(done.iterdir())}
+            (done / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            try:
+                os.rename(done, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
     except OSError as error:
         raise ValueError(
             f"{folder.parent}: the token cache cannot be written ({error}); free space or set data.cache_dir"
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True)

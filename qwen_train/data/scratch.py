@@ -1,0 +1,62 @@
+"""Temporary folders that a killed process cannot leave behind for ever: each is locked by whoever works in it.
+
+The lock (flock on the folder itself) ends with the process and its workers, however they die. Whoever can take the lock
+of a temporary folder has found one that nobody works in any more, and deletes it. On a file system without locks
+nothing is deleted.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+MARK = ".tmp-"
+
+
+@contextlib.contextmanager
+def scratch_folder(final: Path) -> Iterator[Path]:
+    """A new, locked folder `<final>.tmp-<id>`, deleted when the block ends; its parents are made where missing."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder, lock = _make(final)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _make(final: Path) -> tuple[Path, int]:
+    while True:
+        folder = final.with_name(f"{final.name}{MARK}{uuid.uuid4().hex}")
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(OSError):  # no locks on this file system: then nobody deletes either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # not found and deleted by another process between the two lines above
+            return folder, lock
+        os.close(lock)
+
+
+def clean_scratch(parent: Path) -> list[Path]:
+    """Delete the temporary folders in `parent` that no living process works in; returns them."""
+    deleted = []
+    for folder in sorted(parent.glob(f"*{MARK}*")):
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:  # gone meanwhile, or not ours to open
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+            deleted.append(folder)
+        except OSError as error:  # somebody works in it, or it cannot be deleted
+            log.debug("%s: stays, %s", folder, error)
+        finally:
+            os.close(lock)
+    return deleted

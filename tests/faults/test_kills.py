@@ -1,0 +1,120 @@
+"""kill -9 at any moment of a real run: the next start goes on, and the end is that of the run nobody touched."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import STEPS, Runs, kill_after, make_runs, same_end
+from tests.scripts import ScriptRunner, terminate_when
+
+pytestmark = pytest.mark.launch
+
+CASES = 50
+IN_CI = (9, 16, 22, 31)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, scripts: ScriptRunner) -> dict[str, Runs]:
+    return {
+        kind: make_runs(kind, tmp_path_factory.mktemp(kind), cache_dir, scripts)  # type: ignore[arg-type]
+        for kind in ("sft", "dpo")
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(runs: dict[str, Runs]) -> dict[str, tuple[Path, float]]:
+    """Of each kind the folder of a run that nothing interrupted, and its seconds with an empty token cache."""
+    ends = {}
+    for kind, runs_of_kind in runs.items():
+        start = time.monotonic()
+        result = runs_of_kind.run("whole", f"--data.cache_dir={runs_of_kind.folder / 'cache-whole'}")
+        assert result.code == 0, result.output
+        ends[kind] = (runs_of_kind.folder / "whole", time.monotonic() - start)
+    return ends
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=[] if n in IN_CI else [pytest.mark.slow]) for n in range(CASES)]
+)
+def test_kill_9_at_a_random_moment(
+    seed: int, runs: dict[str, Runs], whole: dict[str, tuple[Path, float]], record_property
+):
+    """Every fifth run is DPO, every fourth begins with an empty cache, every third is killed twice."""
+    dice = random.Random(seed)
+    kind = "dpo" if seed % 5 == 4 else "sft"
+    reference, seconds = whole[kind]
+    name, these = f"killed-{seed}", runs[kind]
+    workers = f"--data.workers={seed % 2 * 2}"
+    cache = [f"--data.cache_dir={these.folder / f'cache-{seed}'}"] if seed % 4 == 0 else []
+    for _ in range(2 if seed % 3 == 0 else 1):
+        moment = dice.uniform(0.05, seconds)
+        before = these.steps(name)
+        result = these.run(name, workers, *cache, meanwhile=kill_after(moment))
+        assert result.code in (-signal.SIGKILL, 0), result.output
+        record_property("killed after", f"{moment:.2f} s of {seconds:.2f}: steps {before} -> {these.steps(name)}")
+    saved = these.steps(name)
+    finished = result.code == 0
+    result = these.run(name, workers, *cache)
+    assert result.code == 0 and "Traceback" not in result.output, result.output
+    assert finished or not saved or f"going on from {these.folder / name}/checkpoints/step-" in result.output
+    same_end(reference, these.folder / name)
+    if cache:
+        assert [path.name for path in (these.folder / f"cache-{seed}/tokens").iterdir() if ".tmp-" in path.name] == []
+
+
+def test_the_moments_reach_every_phase(whole: dict[str, tuple[Path, float]]):
+    """The 50 moments by themselves: spread over the run, not all in its start-up."""
+    fractions = [random.Random(seed).uniform(0.05, 1) for seed in range(CASES)]
+    assert all(sum(low <= f < low + 0.25 for f in fractions) >= 5 for low in (0, 0.25, 0.5, 0.75))
+
+
+def test_kill_9_while_tokenising_leaves_nothing_for_ever(runs: dict[str, Runs]):
+    """The dead run's temporary folder goes with the next start; one in which another process works stays."""
+    these, cache = runs["sft"], runs["sft"].folder / "cache-killed"
+    words = (f"--data.cache_dir={cache}", "--run.steps=1")
+    prelude = """
+import os, signal
+from qwen_train.data import tokenize
+tokenize._Judge.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert these.run("tokenising", *words, prelude=prelude).code == -signal.SIGKILL
+    (left,) = (cache / "tokens").iterdir()
+    assert ".tmp-" in left.name
+
+    slow = """
+import time
+from qwen_train.data import tokenize
+judge = tokenize._Judge.__call__
+def judging(*args):
+    open({marker!r}, "w").close()
+    time.sleep(3)
+    return judge(*args)
+tokenize._Judge.__call__ = judging
+"""
+    # A process works there (this run, held up); the test itself cleans as another one would.
+    marker = these.folder / "working"
+
+    def clean_meanwhile(pid: int) -> None:
+        from qwen_train.data.scratch import clean_scratch
+
+        terminate_when(marker.exists, 0)(pid)  # signal 0: only wait
+        (at_work,) = (cache / "tokens").iterdir()
+        assert at_work != left and clean_scratch(cache / "tokens") == [] and at_work.exists()
+
+    result = these.run("tokenising", *words, prelude=slow.format(marker=str(marker)), meanwhile=clean_meanwhile)
+    assert result.code == 0 and f"{left}: deleted, left by a process" in result.output, result.output
+    assert [path.name for path in (cache / "tokens").iterdir() if ".tmp-" in path.name] == []
+    assert len(list((cache / "tokens").iterdir())) == 2  # data.train and data.eval
+
+
+def test_a_run_killed_again_and_again_still_ends(runs: dict[str, Runs], whole: dict[str, tuple[Path, float]]):
+    """Killed after every single checkpoint of its own: progress is never lost, only made."""
+    these, name = runs["sft"], "again"
+    for step in range(2, STEPS, 4):
+        moment = terminate_when(lambda step=step: bool(these.steps(name)) and these.steps(name)[-1] >= step, 9)
+        assert these.run(name, meanwhile=moment).code == -signal.SIGKILL
+    assert these.run(name).code == 0
+    same_end(whole["sft"][0], these.folder / name)
