@@ -105,10 +105,12 @@ def train(config: DPOConfig, run: Run) -> None:
 
     # -- model, reference and optimizer, fresh or from a checkpoint ---------------------------------------------------
     frozen_copy = reference_source(config) == "start_adapter"
-    model = load_model(config, tokenizer, run.device, folder.base, run.is_main, frozen_copy)
+    model = run.prepare(
+        load_model(config, tokenizer, run.device, folder.base, run.is_main, frozen_copy, sharded=run.sharded)
+    )
     reference = Reference(config, model, tokenizer, run, folder)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
-    model, optimizer = run.prepare(model, optimizer)
+    run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
     ref_logps = reference.of_data(run, data, collate, lengths)
     if held_out:

@@ -70,9 +70,9 @@ def train(config: SFTConfig, run: Run) -> None:
     total_steps = config.run.steps or stream.num_steps(config.run.epochs or 1)
 
     # -- model and optimizer, fresh or from a checkpoint --------------------------------------------------------------
-    model = load_model(config, tokenizer, run.device, folder.base, run.is_main)
+    model = run.prepare(load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded))
     optimizer = build_optimizer(model.named_parameters(), config.optim)
-    model, optimizer = run.prepare(model, optimizer)
+    run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
     flops = functools.partial(
         flops_per_token,

@@ -7,6 +7,7 @@ real in all that tests look at: its exit code, its output, its signals, its file
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,17 +22,17 @@ TINY = ROOT / "configs" / "tiny"
 SERVER = """
 import atexit, json, os, runpy, sys, traceback
 import transformers.models.qwen2.modeling_qwen2, datasets, qwen_train.sft, qwen_train.dpo
-for line in sys.stdin:
-    order = json.loads(line)
-    child = os.fork()
-    if child == 0:
+def run(order, rank):
         code = 1
         try:
-            output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1), os.dup2(output, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.chdir(order["folder"])
+            os.environ.update(order["environment"])
+            if order["ranks"] > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             sys.argv = order["argv"]
-            exec(order["prelude"])
+            exec(order["prelude"], globals())
             runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0
         except SystemExit as leaving:
@@ -42,8 +43,18 @@ for line in sys.stdin:
             atexit._run_exitfuncs()  # ends what multiprocessing has started, as the interpreter's own end does
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+for line in sys.stdin:
+    order = json.loads(line)
+    open(order["output"], "w").close()
+    children = []
+    for rank in range(order["ranks"]):
+        children.append(os.fork())
+        if children[-1] == 0:
+            run(order, rank)
+    print(*children, flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(max(codes, key=abs), flush=True)
 """
 
 
@@ -68,6 +79,8 @@ class ScriptRunner(Protocol):
         meanwhile: Callable[[int], Any] | None = None,
         prelude: str = "",
         folder: Path = ROOT,
+        ranks: int = 1,
+        environment: dict[str, str] | None = None,
     ) -> Result: ...
 
 
@@ -87,20 +100,31 @@ class ForkServer:
         meanwhile: Callable[[int], Any] | None = None,
         prelude: str = "",
         folder: Path = ROOT,
+        ranks: int = 1,
+        environment: dict[str, str] | None = None,
     ) -> Result:
-        """Run `script` to its end; its output goes to the file `output`. `meanwhile` gets its process id at the start;
-        `prelude` is Python that the process executes first."""
+        """Run `script` to its end; its output goes to the file `output`. `meanwhile` gets its process id at the start
+        (that of rank 0); `prelude` is Python that the process executes first.
+
+        `ranks`: so many processes, told of each other as torchrun tells them; the exit code is the largest of theirs.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         argv = [str(ROOT / script), *arguments]
+        environment = dict(environment or {})
+        if ranks > 1:
+            environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         order = {"argv": argv, "output": str(output), "prelude": prelude, "folder": str(folder)}
+        order |= {"ranks": ranks, "environment": environment}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
+        pids = [int(word) for word in self.process.stdout.readline().split()]
         try:
             if meanwhile is not None:
-                meanwhile(pid)
+                meanwhile(pids[0])
         except BaseException:
-            os.kill(pid, signal.SIGKILL)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
             self.process.stdout.readline()
             print(output.read_text())
             raise
@@ -111,6 +135,12 @@ class ForkServer:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def launch(*arguments: str, accelerate: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> Result:

@@ -5,11 +5,10 @@ compilation and activation checkpointing. PEFT is spoken to here only.
 """
 
 import errno
-import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +40,9 @@ from qwen_train.model.adapters import (
     read_adapter_config,
 )
 from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
+from qwen_train.model.compile import DecoderLayers
 from qwen_train.model.logprobs import TokenScores, token_logprobs
-from qwen_train.model.lora import fuse_lora, fuse_norms, skip_last_product
-from qwen_train.model.memory import checkpoint_layers
+from qwen_train.model.lora import fuse_lora, fuse_norms
 
 if TYPE_CHECKING:
     from qwen_train.data.packing import Batch
@@ -67,8 +66,12 @@ class PackedLM(nn.Module):
     """A causal language model that scores packed batches; the head runs in here, on supervised positions only.
 
     The head inside the forward lets FSDP2 gather it with the root module. There is a `tie_weights`, since accelerate
-    ties again only if there is, and no `get_*_embeddings`, since accelerate would shard the head apart.
+    ties again only if there is, and no `get_*_embeddings`, since accelerate would shard the head apart. `source` holds
+    the values, on rank 0, of a model that is on the meta device until it is sharded.
     """
+
+    layers: DecoderLayers
+    """How its decoder layers run."""
 
     def __init__(
         self,
@@ -79,15 +82,24 @@ class PackedLM(nn.Module):
         pad_token: int,
         max_length: int,
         compiled_head: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
         self.lm = lm
+        self.dtype = dtype
+        self.sharded = False
+        self.source: Mapping[str, Tensor] | None = None
         self.attention = attention
         self.head_chunk = head_chunk
         self.end_token = end_token
         self.pad_token = pad_token
         self.max_length = max_length
         self.compiled_head = compiled_head
+
+    @property
+    def decoder_layer(self) -> str:
+        """The class that FSDP2 wraps."""
+        return FAMILIES[self.causal_lm.config.model_type].decoder_layer
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -146,7 +158,8 @@ class PackedLM(nn.Module):
         """Greedy continuations of `prompts` (token ids), up to and including the end token.
 
         The packed attention has no cache and no mask, so the model answers with transformers' own `sdpa`, left-padded,
-        in evaluation mode and uncompiled; all of it is put back afterwards.
+        in evaluation mode and uncompiled; all of it is put back afterwards. Sharded, all ranks call it with the same
+        number of prompts, since every layer is gathered by all of them.
         """
         lm, training = self.causal_lm, self.training
         implementation = lm.config._attn_implementation
@@ -173,6 +186,7 @@ class PackedLM(nn.Module):
                     top_k=None,
                     pad_token_id=self.pad_token,
                     eos_token_id=self.end_token,
+                    synced_gpus=self.sharded,
                 )
                 answers += [self._until_end(row) for row in generated[:, width:].tolist()]
         finally:
@@ -261,30 +275,36 @@ def load_model(
     is_main: bool = True,
     frozen_copy: bool = False,
     sharded: bool = False,
+    frozen: bool = False,
 ) -> PackedLM:
     """The model of a run on `device`: weights, adapter, attention, compilation, checkpointing.
 
     `base` is the run's own folder for the weights of a `from_scratch` run: read if it is there, else, when an adapter
     is trained, written by the main process. `frozen_copy` keeps the adapter that training continues a second time, as
-    the reference. `sharded`: FSDP2 will shard the weights one by one. Raises ValueError for what the user can mend.
+    the reference. `sharded`: for FSDP2 the model stays on the meta device, in the types of its shards, and the main
+    process reads the weights beside it (`PackedLM.source`). `frozen`: nothing of it is trained (a second model as the
+    reference). Raises ValueError for what the user can mend.
     """
     model_config = load_model_config(config.model)
     end, pad = special_tokens(tokenizer, model_config.model_type)
-    attention = resolve_attention(config.model.attention, device, getattr(torch, config.model.dtype))
+    dtype = getattr(torch, config.model.dtype)
+    attention = resolve_attention(config.model.attention, device, dtype)
     check_config(model_config, attention)
-    lm = _base_model(config, model_config, tokenizer, device, base, write_base=is_main and config.lora.enabled)
-    if config.model.adapter is not None:
-        check_base(config.model.adapter, config.model.path, config.model.revision)
-        if config.model.adapter_start == "merge":
-            lm = merge_adapter(lm, config.model.adapter)
-    if config.model.quantization == "nf4" and not getattr(lm, "is_loaded_in_4bit", False):
-        quantize_nf4(lm)
-    adapted = _with_adapter(lm, config)
-    if frozen_copy:
-        assert isinstance(adapted, PeftModel) and config.model.adapter is not None
-        add_reference_adapter(adapted, config.model.adapter)
+    source = None
+    if sharded:
+        if is_main:
+            whole = _adapted(config, model_config, tokenizer, device, base, is_main, frozen_copy, on_cpu=True)
+            source = {f"lm.{name}": tensor for name, tensor in whole.state_dict().items()}
+        adapted = _empty(config, model_config, device, frozen_copy, frozen)
+    else:
+        adapted = _adapted(config, model_config, tokenizer, device, base, is_main, frozen_copy)
+    if frozen:
+        adapted.requires_grad_(False)
     compiled_head = config.model.compile and device.type == "cuda"
-    model = PackedLM(adapted, attention, config.model.head_chunk, end, pad, config.data.max_length, compiled_head)
+    model = PackedLM(
+        adapted, attention, config.model.head_chunk, end, pad, config.data.max_length, compiled_head, dtype
+    )
+    model.sharded, model.source = sharded, source
     model.causal_lm.set_attn_implementation(ATTENTION)
     model.causal_lm.config.use_cache = False
 
@@ -295,11 +315,45 @@ def load_model(
         fuse_norms([*norms, model.causal_lm.model.norm])
     count = config.model.checkpoint_layers
     assert count != "auto", "resolve_auto comes before load_model"
-    for layer in checkpoint_layers(layers, count, dropout=config.lora.enabled and config.lora.dropout > 0):
-        skip_last_product(layer)
-    if config.model.compile:
-        compile_layers(layers)
+    model.layers = DecoderLayers(layers, config.model.compile, config.lora.enabled and config.lora.dropout > 0)
+    model.layers.recompute(count)
     return model.train()  # transformers loads in evaluation mode
+
+
+def _adapted(
+    config: SFTConfig,
+    model_config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    base: Path,
+    is_main: bool,
+    frozen_copy: bool,
+    on_cpu: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Base weights, merged adapter, quantisation and the adapter to train; `on_cpu` reads weights into CPU memory."""
+    place = torch.device("cpu") if on_cpu and not config.model.from_scratch else device
+    lm = _base_model(config, model_config, tokenizer, place, base, write_base=is_main and config.lora.enabled)
+    if config.model.adapter is not None:
+        check_base(config.model.adapter, config.model.path, config.model.revision)
+        if config.model.adapter_start == "merge":
+            lm = merge_adapter(lm, config.model.adapter)
+    if config.model.quantization == "nf4" and not getattr(lm, "is_loaded_in_4bit", False):
+        quantize_nf4(lm)
+    return _with_adapter(lm, config, frozen_copy)
+
+
+def _empty(
+    config: SFTConfig, model_config: Any, device: torch.device, frozen_copy: bool, frozen: bool
+) -> PreTrainedModel | PeftModel:
+    """The same model on the meta device, trained weights in fp32; the rotary table, which no file holds, is real."""
+    dtype = getattr(torch, config.model.dtype) if config.lora.enabled or frozen else torch.float32
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+        adapted = _with_adapter(lm, config, frozen_copy)
+    rotary = lm.model.rotary_emb
+    with device:
+        lm.model.rotary_emb = type(rotary)(lm.config)
+    return adapted
 
 
 def _base_model(
@@ -374,37 +428,6 @@ def quantize_nf4(lm: PreTrainedModel) -> None:
     lm.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT asks
 
 
-def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Compile the decoder layers: one compilation serves them all, for any number of tokens.
-
-    Token, sequence and key counts are marked dynamic from the start; otherwise the first two micro-batches would each
-    compile everything, and every further length until then too.
-    """
-    # Policy and reference must round alike, though one graph keeps activations and the other does not.
-    torch._inductor.config.emulate_precision_casts = True
-    # torch's cache of compiled graphs does not see the backward of our own operations: let it see the code.
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    torch.compiler.config.cache_key_tag = hashlib.sha256(sources).hexdigest()
-    # The checkpoint lies inside the compiled layer; lora.py hands outputs from one projection to the next.
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    for layer in layers:
-        layer.forward = _with_dynamic_lengths(torch.compile(layer.forward))
-
-
-def _with_dynamic_lengths(forward: Any) -> Any:
-    def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mark = torch._dynamo.maybe_mark_dynamic
-        mark(hidden_states, 1)
-        for value in kwargs.values():
-            if isinstance(value, Tensor):
-                mark(value, value.ndim - 1)  # position_ids [1, T], cu_seqlens [N + 1], kv_index [K]
-        for table in kwargs["position_embeddings"]:  # cos and sin [1, T, E]
-            mark(table, 1)
-        return forward(hidden_states, *args, **kwargs)
-
-    return call
-
-
 def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
     """Write the random weights of a `from_scratch` run, whole or not at all: its adapter is worth nothing without."""
     disable_progress_bar()
@@ -435,7 +458,7 @@ def _check_continued(model: PeftModel, folder: str) -> None:
         )
 
 
-def _with_adapter(lm: PreTrainedModel, config: SFTConfig) -> PreTrainedModel | PeftModel:
+def _with_adapter(lm: PreTrainedModel, config: SFTConfig, frozen_copy: bool) -> PreTrainedModel | PeftModel:
     lm.requires_grad_(not config.lora.enabled)
     if not config.lora.enabled:
         return lm
@@ -443,6 +466,8 @@ def _with_adapter(lm: PreTrainedModel, config: SFTConfig) -> PreTrainedModel | P
         read_adapter_config(config.model.adapter)
         model = PeftModel.from_pretrained(lm, config.model.adapter, is_trainable=True)
         _check_continued(model, config.model.adapter)
+        if frozen_copy:
+            add_reference_adapter(model, config.model.adapter)
         return model
     torch.manual_seed(config.run.seed)
     lora = config.lora
@@ -467,6 +492,10 @@ def _with_adapter(lm: PreTrainedModel, config: SFTConfig) -> PreTrainedModel | P
 
 def trainable_parameters(model: PackedLM) -> dict[str, nn.Parameter]:
     """Trained parameters by the names that PEFT / transformers write on disk."""
+    if model.sharded:  # a forward without backward leaves weights gathered, as tensors that the optimizer does not know
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
     named = model.lm.named_parameters()
     return {name.replace(".default.", "."): parameter for name, parameter in named if parameter.requires_grad}
 

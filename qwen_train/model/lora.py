@@ -233,11 +233,15 @@ def _group_output(leader: Any, x: Tensor) -> Tensor:
         frozen = [getattr(leader, f"frozen_{index}") for index in range(leader.num_frozen)]
     else:
         frozen = [member.base_layer.weight for member in members]
+    bias = leader.frozen_bias if leader.num_frozen else _joined_bias(members)
     scale = float(leader.scaling[adapter])
-    y, _ = lora_linear(
-        x.reshape(-1, x.shape[-1]), frozen, leader.kind, leader.frozen_bias, a, b, scale, leader.keep_low
-    )
+    y, _ = lora_linear(x.reshape(-1, x.shape[-1]), frozen, leader.kind, bias, a, b, scale, leader.keep_low)
     return y.view(*x.shape[:-1], -1)
+
+
+def _joined_bias(members: Sequence[Any]) -> Tensor | None:
+    biases = [member.base_layer.bias for member in members if member.base_layer.bias is not None]
+    return torch.cat(biases) if biases else None
 
 
 def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
@@ -251,14 +255,14 @@ def _norm_forward(norm: Any, x: Tensor) -> Tensor:
     return y.view_as(x)
 
 
-def skip_last_product(layer: nn.Module) -> None:
+def skip_last_product(layer: nn.Module, skip: bool) -> None:
     """For a layer that is recomputed in backward: what down's backward needs is no longer an output of its forward.
 
     The recomputation of a compiled layer then ends before down's product, 29 % of its work, which nobody would use.
     """
     leader: Any = layer.get_submodule("mlp.down_proj")
     if hasattr(leader, "keep_low"):
-        leader.__dict__["keep_low"] = False
+        leader.__dict__["keep_low"] = not skip
 
 
 def _put_forward(module: Any, forward: Any) -> None:
@@ -355,4 +359,5 @@ def _group(members: Sequence[Any], fp8: bool, share_storage: bool) -> None:
     leader.__dict__.update(members=list(members), outputs={}, kind=kind, num_frozen=len(frozen), keep_low=True)
     for index, tensor in enumerate(frozen):
         leader.register_buffer(f"frozen_{index}", tensor, persistent=False)
-    leader.register_buffer("frozen_bias", torch.cat(biases).detach() if biases else None, persistent=False)
+    if frozen:  # otherwise it is FSDP2 that holds weights and biases, and gathers them for each forward
+        leader.register_buffer("frozen_bias", torch.cat(biases).detach() if biases else None, persistent=False)

@@ -23,12 +23,14 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from qwen_train.train.sharding import fill, gather, judge_settings, shard
+
 if TYPE_CHECKING:
     from qwen_train.data.packing import Batch
     from qwen_train.data.stream import MicroBatches
+    from qwen_train.model.load import PackedLM
 
 T = TypeVar("T")
-Model = TypeVar("Model", bound=nn.Module)
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and saving may keep one rank busy for minutes
 PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
 ALL_REDUCE_BYTES = 256 * 2**20
@@ -78,6 +80,7 @@ class Run:
         self.is_main = self.rank == 0
         self.device = self.accelerator.device
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self.notes = judge_settings(self.accelerator)
         self.seed = seed
         self._preparations = 0
         if asked != self.world_size:
@@ -184,21 +187,25 @@ class Run:
 
     # -- gradients ------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Model, torch.optim.Optimizer]:
-        """Shard under FSDP2; otherwise give every rank rank 0's trained parameters.
+    def prepare(self, model: "PackedLM") -> "PackedLM":
+        """Shard and fill the model under FSDP2; otherwise give every rank rank 0's trained parameters.
 
         There is no DistributedDataParallel around the model: every micro-batch would run without synchronising, and
-        one flat all-reduce at the end of `accumulate` is all that is needed of it. From here on a signal is only noted:
-        see `should_stop`.
+        one flat all-reduce at the end of `accumulate` is all that is needed of it.
         """
         if self.sharded:
-            model, optimizer = self.accelerator.prepare(model, optimizer)
+            shard(self.accelerator, model)
+            source, model.source = model.source, None
+            fill(model, source, self.device)
         elif self.world_size > 1:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     dist.broadcast(parameter.data, src=0)
+        return model
+
+    def begin(self) -> None:
+        """From here on there is something to save, and a signal is only noted: see `should_stop`."""
         self.is_training = True
-        return model, optimizer
 
     def accumulate(self, model: nn.Module, microbatches: "MicroBatches", step: int) -> Iterator["Batch"]:
         """This rank's micro-batches, on the device; after the last one gradients are averaged over the ranks.
@@ -235,13 +242,22 @@ class Run:
         """Global L2 norm of the gradients before clipping to `max_norm` (0: no clipping); the same on every rank."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return float(self.gather_shards(norm))
+
+    def gather_shards(self, tensor: Tensor) -> Tensor:
+        """The whole of a tensor that FSDP2 may have sharded, on every rank."""
+        return gather(tensor)
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors, those that FSDP2 has sharded gathered (a collective)."""
-        return {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()
-        }
+        """The tensors, on rank 0; those that FSDP2 has sharded are gathered one by one into its CPU memory."""
+        if not self.sharded:
+            return dict(tensors)
+        gathered: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            full = self.gather_shards(tensor)
+            if self.is_main:
+                gathered[name] = full.cpu()
+        return gathered
 
     def close(self) -> None:
         if self.world_size > 1:

@@ -119,7 +119,9 @@ def sample_answers(
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids))
 
-    mine = range(run.rank, len(held_out.prompts), run.world_size)
+    count = len(held_out.prompts)
+    each = -(-count // run.world_size)  # on every rank, the last ones twice: sharded, they all answer together
+    mine = [min(run.rank + number * run.world_size, count - 1) for number in range(each)]
     drawn = model.sample([held_out.prompts[index] for index in mine], held_out.max_new_tokens)
     parts = run.gather(dict(zip(mine, drawn, strict=True)))
     by_index = {index: answer for part in parts for index, answer in part.items()}

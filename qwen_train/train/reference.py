@@ -88,7 +88,7 @@ class Reference:
     def __init__(
         self, config: DPOConfig, policy: PackedLM, tokenizer: "PreTrainedTokenizerBase", run: Run, folder: RunFolder
     ) -> None:
-        """For source `model` this loads the second model; before `run.prepare`, as the weights are hashed whole."""
+        """For source `model` this loads the second model."""
         self.config = config
         self.source = reference_source(config)
         self.device = run.device
@@ -97,7 +97,8 @@ class Reference:
             self.model = _second_model(config, tokenizer, run, folder)
         self.weights = ""
         if self.source is not None and config.reference.precompute:
-            self.weights = run.from_main(self._weights_digest)
+            digest = self._weights_digest(run)
+            self.weights = run.from_main(lambda: digest)
 
     @contextmanager
     def active(self) -> Iterator[PackedLM]:
@@ -189,10 +190,13 @@ class Reference:
         assert len(by_row) == len(lengths), "every row is scored once"
         return torch.tensor([by_row[row] for row in range(len(lengths))], dtype=torch.float64)
 
-    def _weights_digest(self) -> str:
-        """Hash of every frozen weight of the reference."""
-        named = {name: parameter for name, parameter in self.model.lm.named_parameters() if not parameter.requires_grad}
-        return tensor_digest(named | {name: buffer for name, buffer in self.model.lm.named_buffers()})
+    def _weights_digest(self, run: Run) -> str:
+        """Hash of every frozen weight of the reference, of which a sharded model has one whole at a time."""
+        lm = self.model.lm
+        named: dict[str, Tensor] = {name: value for name, value in lm.named_parameters() if not value.requires_grad}
+        named |= dict(lm.named_buffers())
+        parts = [tensor_digest({name: run.gather_shards(tensor)}) for name, tensor in sorted(named.items())]
+        return config_hash(parts)
 
 
 def check_reference(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -224,11 +228,9 @@ def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: 
             model, path=config.reference.path, revision=None, adapter=None, from_scratch=False, quantization="none"
         )
     lora = dataclasses.replace(config.lora, enabled=False)
-    reference = load_model(
-        dataclasses.replace(config, model=model, lora=lora), tokenizer, run.device, folder.base, run.is_main
-    )
-    reference.requires_grad_(False)
-    return reference.eval()
+    config = dataclasses.replace(config, model=model, lora=lora)
+    reference = load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded, frozen=True)
+    return run.prepare(reference).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
