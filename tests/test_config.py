@@ -597,6 +597,7 @@ EFFECTS = {
     "run.save_every": Effect(0, 2, training, ("data.eval=null",)),
     "run.keep": Effect(2, 1, training, ("run.save_every=1", "data.eval=null")),
     "run.resume": Effect("auto", "never", resuming),
+    "run.accept_changes": Effect("false", "true", resuming, ("optim.lr=5e-4",)),
     "run.eval_samples": Effect(2, 3, training),
     "run.eval_sample_tokens": Effect(3, 5, training),
     "loss.name": Effect("sigmoid", "hinge", preference),

@@ -280,8 +280,8 @@ def _problem(path: Path) -> str | None:
 # Fields that leave the course of training as it is, or move it by rounding only (how a step is cut up and computed).
 HARMLESS = frozenset(
     {
-        "run.name", "run.dir", "run.resume", "run.log_every", "run.eval_every", "run.save_every", "run.keep",
-        "run.eval_samples", "run.eval_sample_tokens", "run.deterministic",
+        "run.name", "run.dir", "run.resume", "run.accept_changes", "run.log_every", "run.eval_every", "run.save_every",
+        "run.keep", "run.eval_samples", "run.eval_sample_tokens", "run.deterministic",
         "data.eval", "data.eval_sft", "data.workers", "data.cache_dir",
         "batch.tokens_per_microbatch",
         "model.attention", "model.compile", "model.checkpoint_layers", "model.head_chunk", "model.trust_remote_code",
@@ -318,7 +318,7 @@ def require_same_result(changes: list[ConfigChange], checkpoint: Path) -> None:
         listing = ", ".join(f"{change.field} was {change.old!r} and is now {change.new!r}" for change in wrong)
         raise ValueError(
             f"{checkpoint}: the config has changed in what shapes the result: {listing}; "
-            "put back what was to go on, or start anew with another run.name"
+            "put back what was to go on, start anew with another run.name, or set run.accept_changes"
         )
 
 

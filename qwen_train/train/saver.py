@@ -6,6 +6,7 @@ raised by the next `check`, `save` or `wait`.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from qwen_train.train.checkpoint import save_checkpoint
+from qwen_train.config import SFTConfig
+from qwen_train.model.load import PackedLM, trainable_parameters
+from qwen_train.train.checkpoint import require_free_space, save_checkpoint
 from qwen_train.train.distributed import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -110,6 +113,29 @@ def _fits(tensors: dict[str, dict[str, Tensor]]) -> bool:
 
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length() if size > 1 else size
+
+
+def require_room(folder: Path, model: PackedLM, config: SFTConfig, steps_left: int) -> None:
+    """Before the first step: refuse (ValueError) a disk that will not hold the checkpoints and the result to come.
+
+    Checkpoints: weights and optimizer state, `run.keep` of them and the one being written, fewer in a short run, less
+    those that are there already. Result: the adapter (three times its size where it is joined to a start) or the model.
+    """
+    parameters = trainable_parameters(model).values()
+    one = sum(p.numel() * (p.element_size() + _state_bytes(p, config.optim.name)) for p in parameters)
+    saves = math.ceil(steps_left / config.run.save_every) if config.run.save_every else 1
+    there = len(list(folder.glob("step-*")))
+    missing = max(min(there + saves, config.run.keep + 1) - there, 1)
+    if config.lora.enabled:
+        result = sum(parameter.nbytes for parameter in parameters) * (1 if config.model.adapter is None else 3)
+    else:
+        result = sum(p.numel() for p in parameters) * getattr(torch, config.model.dtype).itemsize
+    require_free_space(folder, missing * one + result)
+
+
+def _state_bytes(parameter: Tensor, optimizer: str) -> int:
+    """Bytes of optimizer state for each element: two moments in fp32 or 8 bits, an fp32 master beside a bf16 weight."""
+    return (2 if optimizer == "adamw_8bit" else 8) + (0 if parameter.dtype == torch.float32 else 4)
 
 
 def copied(
