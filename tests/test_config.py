@@ -25,7 +25,7 @@ from qwen_train.data import stream
 from qwen_train.data.chat import ChatOptions
 from qwen_train.data.tokenize import tokenize_conversations
 from qwen_train.loss.preference import LOSSES, LossConfig, Pairs, preference_loss
-from qwen_train.model import load, logprobs, memory
+from qwen_train.model import compile, load, logprobs
 from qwen_train.model.load import load_model, load_tokenizer, trainable_parameters
 from qwen_train.model.memory import resolve_auto
 from qwen_train.train.distributed import Run
@@ -383,11 +383,11 @@ def model(world: World, *arguments: str) -> Any:
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: (calls.append(function), function(*args, **kwargs))[1]
 
-    product, recompute, compiled = logprobs._logits, memory.checkpoint, [0]
+    product, recompute, compiled = logprobs._logits, compile.checkpoint, [0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "_logits", counted(product))
-        patch.setattr(memory, "checkpoint", counted(recompute))
-        patch.setattr(load, "compile_layers", lambda layers: compiled.append(len(layers)))
+        patch.setattr(compile, "checkpoint", counted(recompute))
+        patch.setattr(torch, "compile", lambda forward: compiled.append(1) or forward)
         try:
             lm = load_model(config, load_tokenizer(config.model), torch.device("cpu"), world.folder / "no-base", False)
         except ValueError as error:

@@ -233,9 +233,9 @@ def test_recomputation_with_other_masks_would_show(world: World, monkeypatch: py
     """The negative control: without the generator's state backward sees other dropout masks than forward did."""
     from qwen_train.model import load
 
-    whole = load.checkpoint_layers
+    layers = load.DecoderLayers
     kept = world.train("lora.dropout=0.1")
-    monkeypatch.setattr(load, "checkpoint_layers", lambda layers, count, dropout: whole(layers, count, False))
+    monkeypatch.setattr(load, "DecoderLayers", lambda modules, compiled, dropout: layers(modules, compiled, False))
     wrong = world.train("lora.dropout=0.1", "model.checkpoint_layers=3")
     assert kept.log[0]["train/loss"] == wrong.log[0]["train/loss"]
     assert kept.log[0]["train/grad_norm"] != wrong.log[0]["train/grad_norm"]

@@ -1,0 +1,147 @@
+"""How the decoder layers run: compiled or as written, and how many recompute their activations in backward.
+
+One compilation serves all layers and any number of tokens. Should the compiler fail, or want to compile ever new
+graphs, the layers run as written from then on, and a line says so and why.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.utils.checkpoint import checkpoint
+
+from qwen_train.model.lora import skip_last_product
+
+logger = logging.getLogger(__name__)
+Forward = Callable[..., Any]
+
+MOST_GRAPHS = 16
+"""Graphs of one function; a run has four of its layers. torch's own limit is 8, past which it is eager in silence."""
+
+
+def compiled_graphs() -> int:
+    """Graphs compiled by this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class Fallback:
+    """Calls compiled functions until the compiler fails once; from then on all of them run as written."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def guard(self, compiled: Forward, plain: Forward) -> Forward:
+        """`compiled`, and `plain` where the compiler fails.
+
+        Errors that `plain` raises too are not the compiler's, and running out of memory is not either.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.reason is not None:
+                return plain(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except (RuntimeError, FailOnRecompileLimitHit) as error:
+                if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+                    raise
+                failure = error.with_traceback(None)  # its frames would keep activations alive
+            result = plain(*args, **kwargs)
+            self.give_up(failure)
+            return result
+
+        return call
+
+    def give_up(self, error: Exception) -> None:
+        """Compile no more, and say why."""
+        cause: Any = getattr(error, "inner_exception", error)
+        if isinstance(error, FailOnRecompileLimitHit):
+            self.reason = f"more than {torch._dynamo.config.recompile_limit} graphs of one function"
+        else:
+            self.reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        logger.warning(
+            "model.compile: torch.compile failed, going on uncompiled, which is slower and takes more memory (%s); "
+            "see to the cause, or set model.compile false",
+            self.reason,
+        )
+
+
+class DecoderLayers:
+    """The decoder layers of a model, whose way of running may be set anew at any time.
+
+    The forward of each instance is wrapped, so parameter names stay as they are and FSDP2's hooks stay outside.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], compiled: bool, dropout: bool) -> None:
+        """`dropout`: whether the recomputation must draw the masks of the forward again."""
+        self.layers = list(layers)
+        self.plain: list[Forward] = [layer.forward for layer in layers]
+        self.compiled, self.dropout = compiled, dropout
+        self.fallback = Fallback()
+        if compiled:
+            _configure_compiler()
+
+    def recompute(self, count: int) -> None:
+        """Make `count` of the layers, evenly spread, recompute their activations in backward, and the others not.
+
+        The recomputation lies inside the compiled layer, so that it computes no more than backward needs. With dropout
+        the generator's state is kept for it: accelerate's own FSDP2 checkpointing does not, and then backward sees
+        other masks than forward did.
+        """
+        total = len(self.layers)
+        chosen = {index * total // count for index in range(count)} if count < total else set(range(total))
+        for index, (layer, forward) in enumerate(zip(self.layers, self.plain, strict=True)):
+            skip_last_product(layer, index in chosen)
+            if index in chosen:
+                forward = _recomputing(forward, preserve_rng_state=self.dropout)
+            if self.compiled:
+                forward = self.fallback.guard(_with_dynamic_lengths(torch.compile(forward)), forward)
+            layer.forward = forward
+
+
+def _configure_compiler() -> None:
+    # Policy and reference must round alike, though one graph keeps activations and the other does not.
+    torch._inductor.config.emulate_precision_casts = True
+    # torch's cache of compiled graphs does not see the backward of our own operations: let it see the code.
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    torch.compiler.config.cache_key_tag = hashlib.sha256(sources).hexdigest()
+    # The checkpoint lies inside the compiled layer; lora.py hands outputs from one projection to the next.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def _with_dynamic_lengths(forward: Forward) -> Forward:
+    """Token, sequence and key counts are marked dynamic from the start.
+
+    Otherwise the first two micro-batches would each compile everything, and every further length until then too.
+    """
+
+    def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mark = torch._dynamo.maybe_mark_dynamic
+        mark(hidden_states, 1)
+        for value in kwargs.values():
+            if isinstance(value, Tensor):
+                mark(value, value.ndim - 1)  # position_ids [1, T], cu_seqlens [N + 1], kv_index [K]
+        for table in kwargs["position_embeddings"]:  # cos and sin [1, T, E]
+            mark(table, 1)
+        return forward(hidden_states, *args, **kwargs)
+
+    return call
+
+
+def _recomputing(forward: Forward, preserve_rng_state: bool) -> Forward:
+    @wraps(forward)
+    def recomputing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(hidden_states, *args, **kwargs)
+        return checkpoint(
+            forward, hidden_states, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
+        )
+
+    return recomputing
