@@ -23,8 +23,8 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def own_signals() -> Iterator[None]:
-    """What a `Run` in this process takes over is given back after the file: SIGTERM, SIGINT, the unraisable hook."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    """What a `Run` in this process takes over is given back after the file: its signals, the unraisable hook."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     hook = sys.unraisablehook
     yield

@@ -1,15 +1,18 @@
 """Whose a run's folder is: one process at a time, the same data; and when skipped updates end a run."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qwen_train.config import DataConfig, RunConfig, SFTConfig
 from qwen_train.train.checkpoint import save_checkpoint
-from qwen_train.train.folder import MAX_SKIPPED, Progress, RunFolder, open_run, restore
+from qwen_train.train.folder import MAX_SKIPPED, Progress, RunFolder, _refuse, open_run, restore
 
 HOLDER = """
 import sys
@@ -39,6 +42,20 @@ def test_one_process_in_a_folder(tmp_path: Path):
         holder.kill()
     assert open_run(config(tmp_path)).path.name == "a", "a killed process holds nothing"
     assert open_run(config(tmp_path)).path.name == "a", "and a process does not shut itself out"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_folder_is_not_ours_by_its_process_number(tmp_path: Path, ours: bool):
+    """In two containers that share runs/ both processes may be number 7: only the one that took it over writes."""
+    folder = open_run(config(tmp_path)).path
+    status = json.loads((folder / "status.json").read_text())
+    assert status["pid"] == os.getpid()
+    if not ours:
+        (folder / "status.json").write_text(json.dumps({**status, "process": f"elsewhere-{os.getpid()}"}))
+    run: Any = SimpleNamespace(is_main=True)
+    with pytest.raises(SystemExit):
+        _refuse(run, folder, "refused", "data.train: no such file")
+    assert folder.exists() != ours
 
 
 def test_other_data_are_refused(tmp_path: Path):

@@ -22,6 +22,7 @@ from qwen_train.train.metrics import (
     flops_per_token,
     matmul_parameters,
     peak_memory_gib,
+    this_process,
     write_status,
 )
 from tests.faulty_disk import in_child
@@ -214,6 +215,7 @@ def test_status_is_json_that_any_scheduler_reads(tmp_path):
     assert (status["outcome"], status["reason"], status["step"]) == ("failed", "loss is nan", 7)
     assert (status["loss"], status["checkpoint"], status["shares"]) == (None, None, [0.5, None])
     assert status["pid"] == os.getpid() and status["time"].endswith("+00:00")
+    assert status["process"] == this_process() != str(os.getpid())
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
     with pytest.raises(AssertionError):
         write_status(tmp_path, "done")

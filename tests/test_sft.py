@@ -186,6 +186,42 @@ def test_auto_values_are_resolved_once(tiny: Tiny):
 # --- stop and resume --------------------------------------------------------------------------------------------------
 
 
+# The script in a process whose parent goes when the first steps are logged, as a shell does that was closed.
+PARENT_GOES = """
+import os, pathlib, time
+log = pathlib.Path({log!r})
+if os.fork():
+    while not log.exists() or log.read_bytes().count(b"\\n") < 3:
+        time.sleep(0.01)
+    os._exit(0)
+"""
+
+
+def test_the_end_of_a_shell_is_not_the_end_of_a_run(tiny: Tiny, whole: Path):
+    """Under a launcher it is: test_processes_end_with_their_launcher."""
+    assert tiny.run("left", prelude=PARENT_GOES.format(log=str(tiny.folder / "left/metrics.jsonl"))).code == 0
+    deadline = time.monotonic() + 60
+    while tiny.status("left")["outcome"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert tiny.status("left")["outcome"] == "finished"
+    same_end(whole, tiny.folder / "left")
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal(tiny: Tiny, whole: Path, nohup: bool):
+    """SIGHUP saves and leaves; under nohup, which ignores it, the run goes on."""
+    name = f"hung-up-{nohup}"
+    log = tiny.folder / name / "metrics.jsonl"
+    prelude = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_{'IGN' if nohup else 'DFL'})"
+    hang_up = terminate_when(lambda: num_lines(log) >= 3, signal.SIGHUP)
+    result = tiny.run(name, meanwhile=hang_up, prelude=prelude)
+    if not nohup:
+        assert result.code == 128 + signal.SIGHUP and "stopped after step" in tiny.status(name)["reason"]
+        result = tiny.run(name)
+    assert result.code == 0, result.output
+    same_end(whole, tiny.folder / name)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stop_and_resume_twice_is_uninterrupted(tiny: Tiny, whole: Path, workers: int):
     """SIGTERM, then Ctrl-C, in the midst of an epoch: weights, optimizer, adapter and log stay bit-equal."""

@@ -35,9 +35,10 @@ TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and savi
 PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
 ALL_REDUCE_BYTES = 256 * 2**20
 LIBC = ctypes.CDLL(None)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 START_INTERRUPTED = "stopped before the first step"
+LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
 ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every process already
 
 
@@ -56,12 +57,14 @@ class Run:
     """
 
     def __init__(self, seed: int, deterministic: bool) -> None:
-        _die_with_launcher()
+        if _launcher():  # a shell's end is no reason: plain `nohup python launch/sft.py &` goes on
+            _die_with_parent()
         self.stop_signal: signal.Signals | None = None
         self._signal_time = 0.0
         self.is_training = False
         for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._on_signal)
         _let_workers_die()
         sys.unraisablehook = self._on_swallowed
         if deterministic:
@@ -268,7 +271,7 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") % 2**63
 
 
-def _die_with_launcher() -> None:
+def _die_with_parent() -> None:
     """Ask the kernel for SIGTERM when the parent dies: the single-process launcher does not forward its own."""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -284,8 +287,9 @@ def _let_workers_die() -> None:
 
     def in_worker() -> None:
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        _die_with_launcher()
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        _die_with_parent()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     os.register_at_fork(
@@ -295,19 +299,22 @@ def _let_workers_die() -> None:
     )
 
 
+def _launcher() -> list[str]:
+    """The parent's command line if the parent is a launcher of accelerate's or torch's; otherwise no words."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+    return words if any(Path(word).name in LAUNCHERS for word in words[:3]) else []
+
+
 def _asked_of_launcher() -> int:
     """Processes that the command line of `accelerate launch` or its YAML asks for, 1 where that cannot be seen.
 
     With `--cpu`, or `distributed_type: MULTI_CPU` without an MPI launcher, accelerate starts one process however many
     were asked for, and tells it nothing of the others.
     """
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return 1
-    is_launcher = "launch" in words[:3] and any(word.endswith("accelerate") for word in words[:2])
-    if not is_launcher and "accelerate.commands.launch" not in words[:3]:
-        return 1
+    words = _launcher()
     options = [option.replace("-", "_") for word in words for option in word.split("=", 1)]
     values = [value for word in words for value in word.split("=", 1)]
     if "__num_processes" in options:

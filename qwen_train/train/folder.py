@@ -37,7 +37,7 @@ from qwen_train.train.files import (
     write_bytes_atomic,
     write_file,
 )
-from qwen_train.train.metrics import write_status
+from qwen_train.train.metrics import this_process, write_status
 from qwen_train.train.sharding import shards_of
 from qwen_train.train.optim import load_optimizer_state, optimizer_state
 from qwen_train.train.saver import Saver
@@ -366,7 +366,7 @@ def _saved_step(folder: Path) -> int:
 
 
 def _is_ours(folder: Path) -> bool:
-    return _status(folder).get("pid") == os.getpid()
+    return _status(folder).get("process") == this_process()
 
 
 def _disk_problem(error: OSError) -> str | None:

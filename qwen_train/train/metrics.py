@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,7 @@ from qwen_train.train.files import write_bytes_atomic, write_json_atomic
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+STARTED = uuid.uuid4().hex
 OUTCOMES = ("running", "finished", "interrupted", "refused", "failed")
 
 # Metric -> (short name, format) on the console, in this order.
@@ -56,15 +58,24 @@ CONSOLE_EVAL = (
 
 
 def write_status(folder: Path, outcome: str, reason: str = "", step: int | None = None, **facts: Any) -> None:
-    """Write `status.json` atomically: outcome (one of `OUTCOMES`), reason, step, time (UTC), pid, further facts."""
+    """Write `status.json` atomically: outcome (one of `OUTCOMES`), reason, step, time (UTC), pid, further facts.
+
+    `process` tells the writer from all others (`this_process`).
+    """
     assert outcome in OUTCOMES, outcome
     status = {
         "outcome": outcome,
         "reason": reason,
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "process": this_process(),
     }
     write_json_atomic(folder / "status.json", _finite({**status, "pid": os.getpid(), **facts}))
+
+
+def this_process() -> str:
+    """A name that no other process has: process numbers repeat on other machines and in other containers."""
+    return f"{STARTED}-{os.getpid()}"  # a fork has a number of its own
 
 
 class Metrics:
