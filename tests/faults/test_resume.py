@@ -1,0 +1,189 @@
+"""Going on under a changed config or with other data, with a finished run, and without space."""
+
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from qwen_train.config import SFTConfig, load_config
+from qwen_train.train import saver
+from tests.faults.runs import STEPS, Runs, digest, make_runs, same_end
+from tests.scripts import Result, ScriptRunner, num_lines, read_metrics, terminate_when
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, scripts: ScriptRunner) -> Runs:
+    return make_runs("sft", tmp_path_factory.mktemp("resume"), cache_dir, scripts)
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> Path:
+    result = runs.run("whole")
+    assert result.code == 0, result.output
+    return runs.folder / "whole"
+
+
+def stopped(runs: Runs, name: str, *more: str, lines: int = 5) -> None:
+    """A run that was told to stop after so many lines of its log."""
+    log = runs.folder / name / "metrics.jsonl"
+    result = runs.run(name, *more, meanwhile=terminate_when(lambda: num_lines(log) >= lines))
+    assert result.code == 128 + signal.SIGTERM, result.output
+
+
+def error(result: Result) -> str:
+    (line,) = [line for line in result.lines if line.startswith("error: ")]
+    assert result.code == 2 and "Traceback" not in result.output
+    return line
+
+
+# --- other values, other rows -----------------------------------------------------------------------------------------
+
+
+def test_a_changed_config_goes_on_only_if_it_is_told_to(runs: Runs, whole: Path):
+    """The change is on the console, in config.yaml (as a comment, also after further resumes) and in state.json."""
+    stopped(runs, "changed")
+    first = runs.steps("changed")[-1]
+    line = error(runs.run("changed", "--optim.lr=0.01"))
+    assert "optim.lr was 0.001 and is now 0.01" in line and "run.accept_changes" in line
+
+    changed = ("--optim.lr=0.01", "--run.accept_changes=true")
+    log = runs.folder / "changed/metrics.jsonl"
+    before = num_lines(log)
+    again = runs.run("changed", *changed, meanwhile=terminate_when(lambda: num_lines(log) >= before + 2))
+    note = f"changed after step-{first:06d}: optim.lr was 0.001 and is now 0.01"
+    assert again.code == 128 + signal.SIGTERM and note in again.lines, again.output
+    result = runs.run("changed", "--optim.lr=0.01")  # now the run's own value
+    assert result.code == 0 and note not in result.lines, result.output
+
+    text = (runs.folder / "changed/config.yaml").read_text()
+    assert text.splitlines()[-1] == f"# {note}" and yaml.safe_load(text)["optim"]["lr"] == 0.01
+    assert load_config(SFTConfig, ["--config", str(runs.folder / "changed/config.yaml")])[0].optim.lr == 0.01
+    state = json.loads((runs.folder / f"changed/checkpoints/step-{STEPS:06d}/state.json").read_text())
+    assert state["history"] == [note]
+    rates = [(line["step"], line["train/learning_rate"]) for line in read_metrics(runs.folder / "changed")[1:]]
+    given = [(line["step"], line["train/learning_rate"]) for line in read_metrics(whole)[1:]]
+    assert rates[:first] == given[:first]
+    assert rates[first:] == [(step, pytest.approx(10 * rate)) for step, rate in given[first:]]
+    assert "history" not in json.loads((whole / f"checkpoints/step-{STEPS:06d}/state.json").read_text())
+
+
+def test_a_checkpoint_by_name_under_another_config(runs: Runs, whole: Path):
+    named = f"--run.resume={whole}/checkpoints/step-{STEPS - 2:06d}"
+    assert "optim.lr was 0.001 and is now 0.01" in error(runs.run("branch", named, "--optim.lr=0.01"))
+    assert not (runs.folder / "branch").exists()
+    result = runs.run("branch", named, "--optim.lr=0.01", "--run.accept_changes=true")
+    assert result.code == 0 and f"changed after step-{STEPS - 2:06d}: optim.lr was" in result.output, result.output
+    assert [line["step"] for line in read_metrics(runs.folder / "branch")] == [STEPS - 1, STEPS]
+
+
+def test_other_data_go_on_only_if_they_are_told_to(runs: Runs):
+    rows = runs.folder / "mine.jsonl"
+    rows.write_text((runs.folder / "sft_train.jsonl").read_text())
+    stopped(runs, "data", f"--data.train={rows}")
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    line = error(runs.run("data", f"--data.train={rows}"))
+    assert "the data are no longer those of the run" in line and "run.accept_changes" in line
+    result = runs.run("data", f"--data.train={rows}", "--run.accept_changes=true")
+    assert result.code == 0 and "the data are no longer those of the run" in result.output, result.output
+    assert runs.run("data", f"--data.train={rows}").code == 0
+
+
+# --- a finished run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", ["auto", "its last checkpoint", "an older checkpoint"])
+def test_a_finished_run_says_so_however_it_is_resumed(runs: Runs, whole: Path, resume: str):
+    steps = {"its last checkpoint": STEPS, "an older checkpoint": STEPS - 2}
+    value = f"{whole}/checkpoints/step-{steps[resume]:06d}" if resume in steps else resume
+    before = {path: digest(path) for path in whole.rglob("*") if path.is_file()}
+    result = runs.run("whole", f"--run.resume={value}")
+    assert result.code == 0 and "is finished" in result.lines[-1], result.output
+    assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}
+
+
+# --- space ------------------------------------------------------------------------------------------------------------
+
+LITTLE_SPACE = """
+import shutil
+from collections import namedtuple
+asked = 0
+def disk_usage(path):
+    global asked
+    asked += 1
+    return namedtuple("usage", "total used free")(1 << 40, 0, {free} if asked > {after} else 1 << 40)
+shutil.disk_usage = disk_usage
+"""
+
+
+def test_too_little_space_is_said_before_the_first_step(runs: Runs, whole: Path):
+    one = sum(path.stat().st_size for path in (whole / f"checkpoints/step-{STEPS:06d}").iterdir())
+    result = runs.run("little", prelude=LITTLE_SPACE.format(free=3 * one, after=0))
+    line = error(result)
+    assert "little/checkpoints: too little space left" in line and "lower run.keep" in line and "GiB free" in line
+    assert "step 1/" not in result.output and not (runs.folder / "little").exists()
+    # Three checkpoints (run.keep and the one being written) and the adapter fit: nothing is refused.
+    assert runs.run("little", prelude=LITTLE_SPACE.format(free=4 * one + (1 << 20), after=0)).code == 0
+
+
+def test_too_little_space_is_said_before_a_save(runs: Runs, whole: Path):
+    result = runs.run("later", prelude=LITTLE_SPACE.format(free=1 << 12, after=3))
+    line = error(result)
+    assert "step-000006: checkpoint not saved" in line and "too little space left" in line, result.output
+    assert runs.steps("later") == [2, 4] and runs.status("later")["outcome"] == "failed"
+    assert not [path for path in (runs.folder / "later/checkpoints").iterdir() if ".tmp-" in path.name]
+    assert runs.run("later").code == 0
+    same_end(whole, runs.folder / "later")
+
+
+@pytest.mark.parametrize(
+    ("steps_left", "save_every", "keep", "there", "checkpoints"),
+    [
+        (100, 10, 2, 0, 3),
+        (100, 0, 2, 0, 1),
+        (15, 10, 5, 0, 2),
+        (100, 10, 2, 2, 1),
+        (100, 10, 3, 1, 3),
+        (5, 10, 1, 1, 1),
+    ],
+)
+def test_space_is_that_of_the_checkpoints_to_come(
+    tmp_path: Path, monkeypatch, steps_left: int, save_every: int, keep: int, there: int, checkpoints: int
+):
+    parameters = {"a": torch.zeros(1000, 100), "b": torch.zeros(50)}
+    monkeypatch.setattr(saver, "trainable_parameters", lambda model: parameters)
+    asked: list[int] = []
+    monkeypatch.setattr(saver, "require_free_space", lambda folder, needed: asked.append(needed))
+    for step in range(there):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    words = [f"--run.save_every={save_every}", f"--run.keep={keep}", "--data.train=x"]
+    config, _ = load_config(SFTConfig, words, embedded=False)
+    model: Any = SimpleNamespace()
+    saver.require_room(tmp_path, model, config, steps_left)
+    weights = 4 * (1000 * 100 + 50)
+    assert asked == [checkpoints * 3 * weights + weights]  # fp32 weights and two moments; an adapter
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_estimate_is_what_a_checkpoint_takes(runs: Runs, whole: Path, kind: str, monkeypatch):
+    """`_state_bytes` against the files of a real checkpoint."""
+    folder = whole
+    if kind == "full":
+        words = runs.arguments("full", "--lora.enabled=false", "--run.steps=1", "--data.eval=null")
+        words = [word for word in words if not word.startswith(("--lora.r=", "--lora.dropout", "--run.eval"))]
+        assert runs.scripts.run(runs.folder / "full.txt", "launch/sft.py", *words).code == 0
+        folder = runs.folder / "full"
+    checkpoint = max((folder / "checkpoints").iterdir())
+    weights = (checkpoint / "model.safetensors").stat().st_size
+    both = weights + (checkpoint / "optimizer.safetensors").stat().st_size
+    state = saver._state_bytes(torch.zeros(1), "adamw")
+    assert math.isclose(both, weights / 4 * (4 + state), rel_tol=0.03)
+    assert shutil.disk_usage(folder).free > both
