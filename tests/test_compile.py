@@ -12,8 +12,9 @@ import torch
 from torch._inductor import compile_fx
 
 from qwen_train.data.packing import Batch, pack_pairs, pack_sequences
-from qwen_train.model import compile, lora
+from qwen_train.model import compile, logprobs, lora
 from qwen_train.model.compile import Fallback, compiled_graphs
+from qwen_train.model.logprobs import token_logprobs
 from tests.test_lora import build, farthest, logps_and_gradients, make_batch
 
 
@@ -150,6 +151,17 @@ def test_the_limit_of_graphs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
         model(make_batch(1))
     (warning,) = warnings_in(caplog)
     assert "(more than 2 graphs of one function)" in warning
+
+
+def test_the_head_falls_back_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", no_compiler)
+    logprobs._compiled_chunk_scores.cache_clear()
+    hidden, weight, targets = torch.randn(9, 8), torch.randn(30, 8), torch.arange(9)
+    with caplog.at_level(logging.WARNING), torch.compiler.config.patch(force_disable_caches=True):
+        plain, compiled = (token_logprobs(hidden, weight, targets, 4, False, compiled=c) for c in (False, True))
+    logprobs._compiled_chunk_scores.cache_clear()
+    assert torch.equal(plain.logps, compiled.logps)
+    assert len(warnings_in(caplog)) == 1
 
 
 def test_what_is_not_the_compilers_is_raised(caplog: pytest.LogCaptureFixture):

@@ -295,6 +295,7 @@ def test_throughput_counts_training_time_only(clock):
             "perf/step_seconds": 5.0,
             "perf/model_tflops": 2000 * 100e9 / 10 / 2 / 1e12,
             "perf/data_wait_fraction": 0.2,
+            "perf/compiled_graphs": 0,
         }
     )
     assert 0.05 < memory < 1000

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qwen_train.model.compile import Fallback
+
 
 class TokenScores(NamedTuple):
     """What the model says of each supervised token."""
@@ -131,7 +133,7 @@ def _compiled_chunk_scores() -> Callable[[Tensor, Tensor, torch.dtype | None], C
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(logits, targets, residual_dtype)
 
-    return scores
+    return Fallback().guard(scores, chunk_scores)
 
 
 class _TokenLogprobs(torch.autograd.Function):

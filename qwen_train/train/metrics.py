@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from qwen_train.model.compile import compiled_graphs
 from qwen_train.train.files import write_bytes_atomic, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -340,6 +341,7 @@ class Throughput:
             "perf/model_tflops": self.flops / seconds / self.world_size / 1e12,
             "perf/peak_memory_gib": peak_memory_gib(self.device),
             "perf/data_wait_fraction": min(self.waited / seconds, 1.0),
+            "perf/compiled_graphs": compiled_graphs(),
         }
         if self.unit is not None:
             values[f"perf/{self.unit}_per_second"] = self.sequences / seconds
