@@ -112,3 +112,12 @@ def test_two_processes_are_one(world: World, task: str, mode: str, how: str):
 
 def _logged(run: Path) -> list[str]:
     return [line for line in (run / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+
+
+def test_compiled_layers_shard(world: World):
+    """bf16, compiled layers, every other one recomputed: FSDP2's hooks stand outside of the graphs."""
+    more = [*MODES["lora"], "--model.dtype=bfloat16", "--model.compile=true", "--model.checkpoint_layers=2"]
+    more += ["--run.steps=3"]
+    one = world.run("sft", "compiled-1", *more)
+    two = world.run("sft", "compiled-2", *more, ranks=2, prelude=SHARDING)
+    assert largest_difference(one, two, "train/loss") <= 1e-2
