@@ -230,6 +230,11 @@ class OptimConfig:
     """Decay of the first and the second moment, per step."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
+    spike_zscore: float = 6.0
+    """A step is skipped whose loss or gradient norm lies this many standard deviations above those of the last 128; 0:
+    never. One that is not finite is skipped in any case."""
+    max_skipped: int = 10
+    """Skipped steps in a row that end the run."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -254,6 +259,11 @@ class OptimConfig:
                     self.max_grad_norm >= 0,
                     f"optim.max_grad_norm: must be >= 0, got {self.max_grad_norm}; 0 turns clipping off",
                 ),
+                _unless(
+                    self.spike_zscore >= 0,
+                    f"optim.spike_zscore: must be >= 0, got {self.spike_zscore}; try 6, or 0 for no check",
+                ),
+                _unless(self.max_skipped > 0, f"optim.max_skipped: must be > 0 steps, got {self.max_skipped}; try 10"),
             ]
         )
 

@@ -2,17 +2,25 @@
 
 import contextlib
 import functools
-import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qwen_train.config import DPOConfig
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.formats import find_sources
-from qwen_train.data.stream import Stream, collate_conversations, collate_preferences, packed_lengths, prefetch
+from qwen_train.data.packing import Batch
+from qwen_train.data.stream import (
+    MicroBatches,
+    Stream,
+    collate_conversations,
+    collate_preferences,
+    packed_lengths,
+    prefetch,
+)
 from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
-from qwen_train.loss.preference import preference_loss
+from qwen_train.loss.preference import Pairs, preference_loss
 from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer, num_trainable
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
@@ -32,7 +40,8 @@ from qwen_train.train.evaluate import (
     side_by_side,
     under,
 )
-from qwen_train.train.folder import due, open_run, record_config, restore, save
+from qwen_train.train.folder import due, open_run, record_config, restore, save, save_asked
+from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
 from qwen_train.train.reference import (
@@ -44,7 +53,7 @@ from qwen_train.train.reference import (
     reference_source,
     score_pairs,
 )
-from qwen_train.train.saver import Saver
+from qwen_train.train.saver import Saver, require_room
 
 
 def train(config: DPOConfig, run: Run) -> None:
@@ -113,6 +122,7 @@ def train(config: DPOConfig, run: Run) -> None:
     run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
     ref_logps = reference.of_data(run, data, collate, lengths)
+    run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
     if held_out:
         eval_ref_logps = reference.of_data(run, eval_data, held_out.collate, held_out.lengths)
         ref_answers = sample_reference(run, reference, held_out, tokenizer)
@@ -158,24 +168,37 @@ def train(config: DPOConfig, run: Run) -> None:
 
         # -- the loop -------------------------------------------------------------------------------------------------
         steps = range(progress.step, total_steps)
+        guard = Guard(run, folder.path, config.optim, data, stream, progress, optimizer, metrics)
+
+        def score(batch: Batch) -> tuple[Pairs, Tensor]:
+            """The pairs' log-probabilities and losses."""
+            expected = ref_logps(batch)  # first: no activations are held yet
+            pairs = score_pairs(model(batch).logps, expected, batch)
+            return pairs, preference_loss(pairs, config.loss)
+
+        def gradients(microbatches: MicroBatches, step: int) -> Tensor:
+            """Adds up this rank's gradients of a step; its share of the `pair_sums`."""
+            sums = torch.zeros(18, dtype=torch.float64, device=run.device)
+            for batch in run.accumulate(microbatches, step):
+                pairs, losses = score(batch)
+                run.backward(losses.sum() / microbatches.total_weight * run.world_size)  # pairs of the global step
+                sums += pair_sums(pairs, losses, config.loss)
+            return sums
+
+        def row_losses(batch: Batch) -> Tensor:
+            """Loss of each pair, to tell which ones a sick step is sick of."""
+            return score(batch)[1]
+
         for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
             lr = learning_rate(config.optim, step, total_steps)
             set_learning_rate(optimizer, lr)
-            sums = torch.zeros(18, dtype=torch.float64, device=run.device)
-            for batch in run.accumulate(model, microbatches, step):
-                expected = ref_logps(batch)  # first: no activations are held yet
-                pairs = score_pairs(model(batch).logps, expected, batch)
-                losses = preference_loss(pairs, config.loss)
-                run.backward(losses.sum() / microbatches.total_weight * run.world_size)  # pairs of the global step
-                sums += pair_sums(pairs, losses, config.loss)
+            sums = guard.accumulate(gradients, microbatches, step)  # anew in smaller ones if memory runs out
+            run.average_gradients(model)
             grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
-            if math.isfinite(grad_norm):  # the same number on every rank, so all of them agree
+            totals = run.sum(sums)
+            loss = totals[0] / microbatches.total_weight
+            if guard.accepts(step, loss, grad_norm, row_losses):  # the same numbers on every rank: all of them agree
                 optimizer.step()
-                progress.skipped_in_a_row = 0
-            else:
-                metrics.note(
-                    f"step {step + 1}: rows {microbatches.rows}: {progress.skip(f'gradient norm {grad_norm}')}"
-                )
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens
             throughput.add(microbatches.num_tokens, microbatches.num_sequences)
@@ -185,19 +208,20 @@ def train(config: DPOConfig, run: Run) -> None:
             metrics.advance(progress.step)
             if last or due(progress.step, config.run.log_every):
                 values = {
-                    **preference_metrics("train", run.sum(sums)),
+                    **preference_metrics("train", totals),
                     "train/learning_rate": lr,
                     "train/grad_norm": grad_norm,
                     "train/epoch": microbatches.epoch,
                     "train/num_tokens": progress.num_tokens,
                     "train/skipped_steps": progress.skipped,
                 }
+                    "train/oom_retries": progress.oom_retries,
                 metrics.log(progress.step, values | throughput.read())
             if last or due(progress.step, config.run.eval_every):
                 with contextlib.suppress(Interrupted):  # saved first; the resumed run begins with this evaluation
                     evaluate()
             stopping = run.should_stop()
-            if last or stopping or due(progress.step, config.run.save_every):
+            if last or stopping or due(progress.step, config.run.save_every) or save_asked(run, folder):
                 with throughput.paused():
                     save(run, folder, progress, model, optimizer, config, saver, first=metrics.sync)
             saver.check()

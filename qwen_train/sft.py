@@ -2,14 +2,15 @@
 
 import contextlib
 import functools
-import math
 
 import torch
+from torch import Tensor
 
 from qwen_train.config import SFTConfig
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.formats import find_sources
-from qwen_train.data.stream import Stream, collate_conversations, prefetch
+from qwen_train.data.packing import Batch
+from qwen_train.data.stream import MicroBatches, Stream, collate_conversations, prefetch
 from qwen_train.data.tokenize import tokenize_conversations
 from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer, num_trainable
@@ -17,10 +18,12 @@ from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Interrupted, Run
 from qwen_train.train.evaluate import evaluate_sft, hold_out, sample_answers
-from qwen_train.train.folder import due, open_run, record_config, restore, save
+from qwen_train.train.folder import due, open_run, record_config, restore, save, save_asked
+from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
-from qwen_train.train.saver import Saver
+from qwen_train.train.reference import sequence_sums
+from qwen_train.train.saver import Saver, require_room
 
 
 def train(config: SFTConfig, run: Run) -> None:
@@ -75,6 +78,7 @@ def train(config: SFTConfig, run: Run) -> None:
     run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
     flops = functools.partial(
+    run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
         flops_per_token,
         model.lm.config,
         lora_parameters=num_trainable(model),
@@ -101,24 +105,33 @@ def train(config: SFTConfig, run: Run) -> None:
             evaluate()
 
         # -- the loop -------------------------------------------------------------------------------------------------
-        steps = range(progress.step, total_steps)
-        for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
-            lr = learning_rate(config.optim, step, total_steps)
-            set_learning_rate(optimizer, lr)
+        guard = Guard(run, folder.path, config.optim, data, stream, progress, optimizer, metrics)
+
+        def gradients(microbatches: MicroBatches, step: int) -> Tensor:
+            """Adds up this rank's gradients of a step; its share of the loss, right and supervised tokens."""
             sums = torch.zeros(3, dtype=torch.float64, device=run.device)
-            for batch in run.accumulate(model, microbatches, step):
+            for batch in run.accumulate(microbatches, step):
                 scores = model(batch)
                 nll = -(scores.logps * batch.weights).sum() / microbatches.total_weight  # of the global step
                 run.backward(nll * run.world_size)
                 sums += torch.stack([nll.detach(), scores.is_argmax.sum(), torch.ones_like(batch.targets).sum()])
             grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
-            if math.isfinite(grad_norm):  # the same number on every rank, so all of them agree
+            return sums
+
+        def row_losses(batch: Batch) -> Tensor:
+            """Loss of each conversation, nats a token, to tell which ones a sick step is sick of."""
+            nll = sequence_sums(-model(batch).logps * batch.weights, batch)
+            return nll / sequence_sums(batch.weights, batch)
+
+        steps = range(progress.step, total_steps)
+        for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
+            lr = learning_rate(config.optim, step, total_steps)
+            set_learning_rate(optimizer, lr)
+            sums = guard.accumulate(gradients, microbatches, step)  # anew in smaller ones if memory runs out
+            run.average_gradients(model)
+            loss, correct, tokens = run.sum(sums)
+            if guard.accepts(step, loss, grad_norm, row_losses):  # the same numbers on every rank: all of them agree
                 optimizer.step()
-                progress.skipped_in_a_row = 0
-            else:
-                metrics.note(
-                    f"step {step + 1}: rows {microbatches.rows}: {progress.skip(f'gradient norm {grad_norm}')}"
-                )
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens
             throughput.add(microbatches.num_tokens, microbatches.num_sequences)
@@ -127,7 +140,6 @@ def train(config: SFTConfig, run: Run) -> None:
             last = progress.step == total_steps
             metrics.advance(progress.step)
             if last or due(progress.step, config.run.log_every):
-                loss, correct, tokens = run.sum(sums)
                 values = {
                     "train/loss": loss,
                     "train/learning_rate": lr,
@@ -137,12 +149,13 @@ def train(config: SFTConfig, run: Run) -> None:
                     "train/mean_token_accuracy": correct / tokens,
                     "train/skipped_steps": progress.skipped,
                 }
+                    "train/oom_retries": progress.oom_retries,
                 metrics.log(progress.step, values | throughput.read())
             if last or due(progress.step, config.run.eval_every):
                 with contextlib.suppress(Interrupted):  # saved first; the resumed run begins with this evaluation
                     evaluate()
             stopping = run.should_stop()
-            if last or stopping or due(progress.step, config.run.save_every):
+            if last or stopping or due(progress.step, config.run.save_every) or save_asked(run, folder):
                 with throughput.paused():
                     save(run, folder, progress, model, optimizer, config, saver, first=metrics.sync)
             saver.check()

@@ -29,6 +29,8 @@ from qwen_train.model import compile, load, logprobs
 from qwen_train.model.load import load_model, load_tokenizer, trainable_parameters
 from qwen_train.model.memory import resolve_auto
 from qwen_train.train.distributed import Run
+from qwen_train.train.folder import Progress
+from qwen_train.train.guard import judge
 from qwen_train.train.optim import build_optimizer
 from tests.scripts import ROOT, TINY, read_metrics
 
@@ -532,6 +534,14 @@ def preference(world: World, *arguments: str) -> Any:
     return preference_loss(pairs, config.loss).tolist()
 
 
+def skipped_steps(world: World, *arguments: str) -> Any:
+    """Of 100 steps with losses from 1 to 2 and one of 3 those that are skipped."""
+    config, progress = world.config(SFTConfig, *arguments), Progress()
+    losses = [1 + 0.01 * (step * 37 % 100) for step in range(100)]
+    losses[80] = 3
+    return [step for step, loss in enumerate(losses) if judge(progress, config.optim, loss, 1.0)[0]]
+
+
 @dataclass(frozen=True)
 class Effect:
     """Two values of a field, what to look at, and under which other settings."""
@@ -586,6 +596,8 @@ EFFECTS = {
     "optim.weight_decay": Effect(0, 0.5, training, ("data.eval=null",)),
     "optim.betas": Effect("[0.9, 0.98]", "[0.5, 0.98]", training, ("data.eval=null",)),
     "optim.max_grad_norm": Effect(0, 0.01, training, ("data.eval=null",)),
+    "optim.spike_zscore": Effect(0, 3, skipped_steps),
+    "optim.max_skipped": Effect(10, 1, training, ("data.eval=null", "optim.lr=1e38", "optim.warmup_ratio=0")),
     "run.name": Effect("one", "other", training, ("data.eval=null",)),
     "run.dir": Effect("{folder}/runs", "{folder}/elsewhere", training, ("data.eval=null",)),
     "run.seed": Effect(42, 43, training, ("data.eval=null",)),

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: one process at a time, the same data; and when skipped updates end a run."""
+"""Whose a run's folder is: one process at a time, the same data."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from qwen_train.config import DataConfig, RunConfig, SFTConfig
 from qwen_train.train.checkpoint import save_checkpoint
-from qwen_train.train.folder import MAX_SKIPPED, Progress, RunFolder, _refuse, open_run, restore
+from qwen_train.train.folder import RunFolder, _refuse, open_run, restore
 
 HOLDER = """
 import sys
@@ -65,15 +65,3 @@ def test_other_data_are_refused(tmp_path: Path):
     model: Any = None  # not reached
     with pytest.raises(ValueError, match="the data are no longer those of the run"):
         restore(folder, model, model, "another fingerprint")
-
-
-def test_skipped_updates_end_a_run():
-    progress = Progress()
-    for _ in range(MAX_SKIPPED - 1):
-        assert "gradient norm nan" in progress.skip("gradient norm nan")
-    progress.skipped_in_a_row = 0  # an update went through
-    for _ in range(MAX_SKIPPED - 1):
-        progress.skip("gradient norm nan")
-    with pytest.raises(ValueError, match=f"{MAX_SKIPPED} updates in a row were skipped"):
-        progress.skip("gradient norm nan")
-    assert progress.skipped == 2 * MAX_SKIPPED - 1

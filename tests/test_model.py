@@ -207,9 +207,9 @@ def test_accumulation_1x8_is_8x1(world: World, monkeypatch: pytest.MonkeyPatch):
     counts: list[int] = []
     accumulate = Run.accumulate
 
-    def counting(run: Run, model: nn.Module, microbatches: Any, step: int) -> Iterator[Batch]:
+    def counting(run: Run, microbatches: Any, step: int) -> Iterator[Batch]:
         counts.append(len(microbatches))
-        return accumulate(run, model, microbatches, step)
+        return accumulate(run, microbatches, step)
 
     monkeypatch.setattr(Run, "accumulate", counting)
     whole = world.train("run.steps=20")

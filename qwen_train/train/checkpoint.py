@@ -285,7 +285,7 @@ HARMLESS = frozenset(
         "data.eval", "data.eval_sft", "data.workers", "data.cache_dir",
         "batch.tokens_per_microbatch",
         "model.attention", "model.compile", "model.checkpoint_layers", "model.head_chunk", "model.trust_remote_code",
-        "reference.precompute", "reference.share_prompt",
+        "optim.max_skipped", "reference.precompute", "reference.share_prompt",
     }
 )  # fmt: skip
 ABSENT = "(absent)"

@@ -194,7 +194,7 @@ class Run:
         """Shard and fill the model under FSDP2; otherwise give every rank rank 0's trained parameters.
 
         There is no DistributedDataParallel around the model: every micro-batch would run without synchronising, and
-        one flat all-reduce at the end of `accumulate` is all that is needed of it.
+        `average_gradients` after the last is all that is needed of it.
         """
         if self.sharded:
             shard(self.accelerator, model)
@@ -210,20 +210,23 @@ class Run:
         """From here on there is something to save, and a signal is only noted: see `should_stop`."""
         self.is_training = True
 
-    def accumulate(self, model: nn.Module, microbatches: "MicroBatches", step: int) -> Iterator["Batch"]:
-        """This rank's micro-batches, on the device; after the last one gradients are averaged over the ranks.
+    def accumulate(self, microbatches: "MicroBatches", step: int) -> Iterator["Batch"]:
+        """This rank's micro-batches, on the device.
 
-        Dropout is seeded for each micro-batch by (seed, step, micro-batch, rank), so a resumed run draws the same
-        masks without any saved generator state. FSDP2 reduces in every backward instead: holding back would keep
-        whole fp32 gradients on each GPU.
+        Dropout is seeded for each of them by (seed, step, micro-batch, rank), so a resumed run draws the same masks
+        without any saved generator state.
         """
         for index, batch in enumerate(microbatches.batches):
             torch.manual_seed(_seed(self.seed, step, index, self.rank))
             yield batch.to(self.device, non_blocking=True)
-        if self.world_size > 1 and not self.sharded:
-            self._average_gradients(model)
 
-    def _average_gradients(self, model: nn.Module) -> None:
+    def average_gradients(self, model: nn.Module) -> None:
+        """Average the gradients over the ranks, when each has gone through all its micro-batches.
+
+        FSDP2 has reduced them in every backward instead: holding back would keep whole fp32 gradients on each GPU.
+        """
+        if self.world_size == 1 or self.sharded:
+            return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         bucket: list[Tensor] = []
         for position, gradient in enumerate(gradients):

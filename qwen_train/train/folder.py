@@ -5,15 +5,16 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
+import logging
 import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import torch
 import yaml
 from torch.optim import Optimizer
 from transformers.utils.logging import disable_progress_bar
@@ -22,6 +23,7 @@ from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, load_confi
 from qwen_train.model.load import PackedLM, load_trainable, trainable_parameters
 from qwen_train.train.checkpoint import (
     STEP_FOLDER,
+    ConfigChange,
     SaveError,
     config_changes,
     find_checkpoint,
@@ -38,13 +40,14 @@ from qwen_train.train.files import (
     write_file,
 )
 from qwen_train.train.metrics import this_process, write_status
-from qwen_train.train.sharding import shards_of
 from qwen_train.train.optim import load_optimizer_state, optimizer_state
 from qwen_train.train.saver import Saver
+from qwen_train.train.sharding import shards_of
 
-MAX_SKIPPED = 10
-"""Updates skipped in a row after which a run ends."""
+logger = logging.getLogger(__name__)
 
+CHANGED = "changed "
+"""How a line of a run's history begins."""
 _LOCKS: dict[Path, IO[str]] = {}
 
 
@@ -63,6 +66,8 @@ class RunFolder:
     """What to go on from; None: from the start."""
     notes: tuple[str, ...]
     """What a person should hear about it."""
+    history: tuple[str, ...] = ()
+    """Changes of the config on the way that shaped the result, a line each (`run.accept_changes`)."""
 
     @property
     def checkpoints(self) -> Path:
@@ -118,53 +123,79 @@ def _lock(path: Path, cache_dir: str) -> None:
 
 
 def _begin(config: SFTConfig, path: Path) -> RunFolder:
-    checkpoint = _named_checkpoint(config)
+    checkpoint, history = _named_checkpoint(config)
     run_id = uuid.uuid4().hex
     try:
         with replacing_folder(path) as temporary:
-            write_file(temporary / "config.yaml", [to_yaml(config).encode()])
+            write_file(temporary / "config.yaml", [_with_history(config, history)])
             write_file(temporary / "run_id", [run_id.encode()])
             write_status(temporary, "running")
     except OSError as error:
         raise ValueError(f"run.dir: cannot write to {path}: {error.strerror}; choose another run.dir") from None
-    return RunFolder(path, config, False, run_id, checkpoint, ())
+    return RunFolder(path, config, False, run_id, checkpoint, history, history)
 
 
 def _continue(config: SFTConfig, path: Path) -> RunFolder:
     stored = _stored_config(path)
     config = _with_resolved(config, stored)
     changes = config_changes(stored, as_dict(config))
-    require_same_result(changes, path)
+    if not config.run.accept_changes:
+        require_same_result(changes, path)
     notes = [f"{change.field}: {change.old} -> {change.new}" for change in changes]
     run_id = (path / "run_id").read_text()
     if _outcome(path) == "finished":
         return RunFolder(path, config, True, run_id, None, tuple(notes))
     notes += clean_leftovers(path) + clean_leftovers(path / "checkpoints")
-    checkpoint = _named_checkpoint(config)
+    checkpoint, history = _named_checkpoint(config)
     if checkpoint is None:
         checkpoint, skipped = find_checkpoint(path / "checkpoints")
         notes += [f"{folder}: skipped, {reason}" for folder, reason in skipped]
+        history = _accepted(changes, checkpoint)
     notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting anew")
-    write_bytes_atomic(path / "config.yaml", to_yaml(config).encode())
+    notes += history
+    history = (*_read_history(path), *history)
+    write_bytes_atomic(path / "config.yaml", _with_history(config, history))
     write_status(path, "running")
-    return RunFolder(path, config, False, run_id, checkpoint, tuple(notes))
+    return RunFolder(path, config, False, run_id, checkpoint, tuple(notes), history)
+
+
+def _accepted(changes: list[ConfigChange], checkpoint: Path | None) -> tuple[str, ...]:
+    """What `run.accept_changes` let pass, a line each."""
+    place = f"after {checkpoint.name}" if checkpoint else "before any checkpoint"
+    return tuple(
+        f"{CHANGED}{place}: {change.field} was {change.old!r} and is now {change.new!r}"
+        for change in changes
+        if change.changes_result
+    )
+
+
+def _with_history(config: SFTConfig, history: tuple[str, ...]) -> bytes:
+    """config.yaml: the config, and as comments what it was before."""
+    return (to_yaml(config) + "".join(f"# {line}\n" for line in history)).encode()
+
+
+def _read_history(path: Path) -> tuple[str, ...]:
+    lines = (path / "config.yaml").read_text().splitlines()
+    return tuple(line.removeprefix("# ") for line in lines if line.startswith(f"# {CHANGED}"))
 
 
 def record_config(run: Run, folder: RunFolder, config: SFTConfig) -> None:
     """Write the config as it was resolved, for whoever reads the folder and for the resumed run."""
     if run.is_main:
-        write_bytes_atomic(folder.path / "config.yaml", to_yaml(config).encode())
+        write_bytes_atomic(folder.path / "config.yaml", _with_history(config, folder.history))
 
 
-def _named_checkpoint(config: SFTConfig) -> Path | None:
-    """The whole checkpoint that `run.resume` names, if it names one; of a run that goes by the same config."""
+def _named_checkpoint(config: SFTConfig) -> tuple[Path | None, tuple[str, ...]]:
+    """The whole checkpoint that `run.resume` names, if it names one, and in what accepted ways its config differs."""
     if config.run.resume in ("auto", "never"):
-        return None
+        return None, ()
     checkpoint = Path(config.run.resume)
     verify(checkpoint)
     stored = json.loads((checkpoint / "state.json").read_bytes())["config"]
-    require_same_result(config_changes(stored, as_dict(config)), checkpoint)
-    return checkpoint
+    changes = config_changes(stored, as_dict(config))
+    if not config.run.accept_changes:
+        require_same_result(changes, checkpoint)
+    return checkpoint, _accepted(changes, checkpoint)
 
 
 def _with_resolved(config: SFTConfig, stored: dict[str, Any]) -> SFTConfig:
@@ -218,29 +249,34 @@ class Progress:
     num_tokens: int = 0
     """Tokens trained on, of all ranks."""
     skipped: int = 0
-    """Steps whose update was skipped, because the gradient was not finite."""
+    """Steps whose update was skipped: their loss or gradient was not finite, or a spike."""
     skipped_in_a_row: int = 0
     """Of those, the last ones without an update between them."""
+    losses: list[float] = field(default_factory=list)
+    """Finite losses of the last steps, which a spike is judged by."""
+    grad_norms: list[float] = field(default_factory=list)
+    """Likewise the gradient norms."""
+    oom_retries: int = 0
+    """Times that a step was done again in smaller micro-batches, since memory had run out."""
+    tokens_per_microbatch: int | None = None
+    """The token budget since the last of those; None: the config's."""
     data: str = ""
     """Fingerprint of the token arrays that the steps are cut from."""
-
-    def skip(self, reason: str) -> str:
-        """Count a skipped update; what to say of it. Raises ValueError where nothing else happens any more."""
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise ValueError(
-                f"optim.lr: {MAX_SKIPPED} updates in a row were skipped, the last one since {reason}; lower optim.lr, "
-                "or look at the rows named above; the last checkpoint is intact"
-            )
-        return f"update skipped: {reason}"
-
     evaluated: int = -1
     """The last step after which held-out data was evaluated; a resumed run makes up for one that was cut short."""
 
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def save_asked(run: Run, folder: RunFolder) -> bool:
+    """Whether somebody has put a file `save` into the run's folder; it is taken away. All ranks hear the same."""
+    request = folder.path / "save"
+    asked = run.is_main and request.exists()
+    if asked:
+        request.unlink(missing_ok=True)
+    return run.maximum(float(asked)) > 0
 
 
 def save(
@@ -263,6 +299,8 @@ def save(
         "optimizer": run.whole(optimizer_state(optimizer, parameters.items())),
     }
     state = {"run_id": folder.run_id, "world_size": run.world_size, "config": as_dict(config), **asdict(progress)}
+    if folder.history:
+        state["history"] = folder.history
     if run.is_main:
         saver.save(progress.step, tensors, state, first)
 
@@ -271,20 +309,29 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
     """Weights, optimizer and progress of the checkpoint that the run goes on from; a fresh start if there is none.
 
     `data`: fingerprint of the token arrays. Raises ValueError if it is not the checkpoint's, since rows would then be
-    trained twice or never.
+    trained twice or never (unless `run.accept_changes`).
     """
     if folder.checkpoint is None:
         return Progress(data=data)
     tensors, state = load_checkpoint(folder.checkpoint, check=False)
     if state["data"] != data:
-        raise ValueError(
+        changed = (
             f"{folder.checkpoint}: the data are no longer those of the run: files of data.train, the tokenizer, its "
-            "template or the code that reads them have changed; put them back, or start anew with another run.name"
+            "template or the code that reads them have changed"
         )
+        if not folder.config.run.accept_changes:
+            raise ValueError(
+                f"{changed}; put them back, start anew with another run.name, or set run.accept_changes to go on with "
+                "rows that may come twice or never"
+            )
+        logger.warning("%s (run.accept_changes: going on)", changed)
     parameters = trainable_parameters(model)
     load_trainable(model, shards_of(tensors["model"], parameters))
     load_optimizer_state(optimizer, parameters.items(), shards_of(tensors["optimizer"], parameters))
-    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
+    progress = Progress(**{**{known.name: state[known.name] for known in fields(Progress)}, "data": data})
+    if state["config"]["batch"]["tokens_per_microbatch"] != folder.config.batch.tokens_per_microbatch:
+        progress.tokens_per_microbatch = None  # a number that is given anew counts
+    return progress
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,6 +371,8 @@ def run_script(config_class: type[Config], train: Callable[[Config, Run], None])
             sys.exit(128 + (run.stop_signal or 15))
         if isinstance(cause, ValueError):
             _refuse(run, folder, "refused", str(cause))
+        if isinstance(cause, torch.OutOfMemoryError):
+            _refuse(run, folder, "failed", _memory_problem(cause))
         if isinstance(cause, OSError) and (problem := _disk_problem(cause)) is not None:
             _refuse(run, folder, "failed", problem)
         _report(run, folder, "failed", f"{type(cause).__name__}: {cause}")
@@ -379,6 +428,15 @@ def _disk_problem(error: OSError) -> str | None:
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}; see to the path and its permissions"
     return None
+
+
+def _memory_problem(error: torch.OutOfMemoryError) -> str:
+    """Where a step could not be done again in smaller micro-batches: an update, an evaluation, a reference's scores."""
+    what = str(error).split(". GPU")[0].splitlines()[0]
+    return (
+        f"batch.tokens_per_microbatch: out of memory outside of a step's micro-batches ({what}); lower it, "
+        "run.eval_samples or data.max_length, or use model.quantization nf4 or FSDP2"
+    )
 
 
 def _complain(message: str) -> None:

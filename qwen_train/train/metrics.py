@@ -71,7 +71,7 @@ def write_status(folder: Path, outcome: str, reason: str = "", step: int | None 
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "process": this_process(),
     }
-    write_json_atomic(folder / "status.json", _finite({**status, "pid": os.getpid(), **facts}))
+    write_json_atomic(folder / "status.json", finite({**status, "pid": os.getpid(), **facts}))
 
 
 def this_process() -> str:
@@ -101,7 +101,7 @@ class Metrics:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        last = _cut_lines(self.path, resume_step)
+        last = cut_lines(self.path, resume_step)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self.last_step: int | None = None
         self.last_line: dict[str, Any] = {}
@@ -148,7 +148,7 @@ class Metrics:
             self.file.truncate(self.last_offset)
         else:
             self.last_step, self.last_line, self.last_offset = step, {"step": step}, self.file.seek(0, os.SEEK_END)
-        self.last_line |= {name: _finite(float(value)) for name, value in values.items()}
+        self.last_line |= {name: finite(float(value)) for name, value in values.items()}
         self.file.write(json.dumps(self.last_line).encode() + b"\n")
         self._show(step, values)
 
@@ -214,18 +214,18 @@ class Metrics:
         return str(timedelta(seconds=round((now - start) / (last - first) * (self.total_steps - last))))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with every non-finite float in it replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
-def _cut_lines(path: Path, resume_step: int | None) -> bytes:
+def cut_lines(path: Path, resume_step: int | None) -> bytes:
     """Atomically keep only whole lines of steps up to `resume_step`; a killed run may have torn the last one.
 
     Returns the last line that is kept; empty without one.

@@ -125,7 +125,7 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)] if cuda else []
         if events:
             events[0].record()
-        for batch in run.accumulate(model, microbatches, step):
+        for batch in run.accumulate(microbatches, step):
             if case["task"] == "sft":
                 loss = -(model(batch).logps * batch.weights).sum() / microbatches.total_weight
             else:
@@ -179,7 +179,7 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
         _, microbatches = next(iter(prefetch(stream, range(1, 2), 0, pin_memory=True)))
         activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
-            for batch in run.accumulate(model, microbatches, 0):
+            for batch in run.accumulate(microbatches, 0):
                 run.backward(-(model(batch).logps * batch.weights).sum() / microbatches.total_weight)
             sync()
         table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90)
