@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils.checkpoint import checkpoint
 
-from qwen_train.model.lora import skip_last_product
-
 logger = logging.getLogger(__name__)
 Forward = Callable[..., Any]
 
@@ -96,7 +94,6 @@ class DecoderLayers:
         total = len(self.layers)
         chosen = {index * total // count for index in range(count)} if count < total else set(range(total))
         for index, (layer, forward) in enumerate(zip(self.layers, self.plain, strict=True)):
-            skip_last_product(layer, index in chosen)
             if index in chosen:
                 forward = _recomputing(forward, preserve_rng_state=self.dropout)
             if self.compiled:

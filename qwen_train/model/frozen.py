@@ -34,8 +34,7 @@ def forward_product(x: Tensor, frozen: Sequence[Tensor], kind: str, bias: Tensor
     """x[T, I] -> y[T, O], in x's dtype."""
     if kind == "fp8":
         weight, scale, _, _ = frozen
-        y = fp8_product(x, weight, scale)
-        return y if bias is None else y.add_(bias)
+        return fp8_product(x, weight, scale, bias)
     if kind == "dense" and len(frozen) > 1:
         y = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in frozen))
         for part, weight in zip(y.split([weight.shape[0] for weight in frozen], dim=1), frozen, strict=True):
@@ -101,9 +100,12 @@ def quantize_fp8(weight: Tensor) -> list[Tensor]:
     return stored
 
 
-def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x[n, m] @ weight[o, m]^T with x rounded to e4m3 row by row; scale[1, o] is the weight's. In x's dtype."""
+def fp8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x[n, m] @ weight[o, m]^T + bias[o], x rounded to e4m3 row by row; scale[1, o] is the weight's. In x's dtype."""
     values, x_scale = round_rows(x)
-    if not x.is_cuda:  # the same arithmetic, for tests
-        return ((values.float() * x_scale) @ (weight.float() * scale.T).T).to(x.dtype)
-    return torch._scaled_mm(values, weight.T, scale_a=x_scale, scale_b=scale, out_dtype=x.dtype, use_fast_accum=True)
+    if x.is_cuda:
+        return torch._scaled_mm(
+            values, weight.T, scale_a=x_scale, scale_b=scale, bias=bias, out_dtype=x.dtype, use_fast_accum=True
+        )
+    y = (values.float() * x_scale) @ (weight.float() * scale.T).T  # the same arithmetic, for tests
+    return (y if bias is None else y + bias.float()).to(x.dtype)

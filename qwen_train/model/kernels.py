@@ -1,14 +1,16 @@
-"""Three memory-bound steps as Triton kernels, where torch.compile does not do them well; plain torch elsewhere.
+"""Memory-bound steps as Triton kernels, where torch.compile does not do them well; plain torch elsewhere.
 
-`swiglu`: silu(gate) * up on gate|up as one tensor; Inductor writes the backward of two halves of one tensor by
-computing all columns with both formulas, at twice the time. `round_rows`: rows to e4m3 with a scale a row; Inductor
-reads long rows twice. `rms_norm`: Inductor sums in another order in a graph that keeps activations than in one that
-does not, and DPO's reference must round as the policy does. Each reads and writes every element once.
+`swiglu`: silu(gate) * up on gate|up as one tensor, with the adapter's part of either side added on the way; Inductor
+writes the backward of two halves of one tensor by computing all columns with both formulas, at twice the time.
+`rotary`: likewise for q|k|v, at three times. `round_rows`: rows to e4m3 with a scale a row; Inductor reads long rows
+twice. `score_logits`: what the head asks of its logits, in two passes over them. `rms_norm`: Inductor sums in another
+order in a graph that keeps activations than in one that does not, and DPO's reference must round as the policy does.
 
-Letters: T tokens, F features of the feed-forward layer, M columns.
+Letters: T tokens, F features of the feed-forward layer, M columns, R ranks, H query heads, G key heads, E their
+dimension, C rows of a chunk, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +18,24 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
 
+LONGEST_ROW = 8192
+"""round_rows: a longer row is read twice, the second time from the cache, for more rows in flight."""
+LONG_ROW_BLOCK = 4096
+
+FORWARD_TILE = (64, 128, 8)
+"""swiglu with adapters: tokens and features of a tile, and warps; measured."""
+BACKWARD_TILE = (64, 128, 8)
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # the CPU builds of torch come without it
     triton = None
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels take it; tests without a GPU run them in Triton's interpreter."""
+    return triton is not None and x.is_cuda
 
 
 def round_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,77 +46,203 @@ def round_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`round_rows_reference`, in one pass on a GPU."""
-    if triton is None or not x.is_cuda:
+    if not on_gpu(x):
         return round_rows_reference(x)
     rows, columns = x.shape
     x = x.contiguous()
     values = torch.empty_like(x, dtype=FP8)
     scale = x.new_empty(rows, 1, dtype=torch.float32)
-    block = triton.next_power_of_2(columns)
-    _round_rows_kernel[(rows,)](x, values, scale, columns, FP8_MAX, block, num_warps=min(32, max(4, block // 1024)))
+    if rows == 0:
+        return values, scale
+    whole = columns <= LONGEST_ROW
+    block = triton.next_power_of_2(columns) if whole else LONG_ROW_BLOCK
+    warps = min(16, max(4, block // 512)) if whole else 8
+    _round_rows_kernel[(rows,)](x, values, scale, columns, FP8_MAX, block, whole, num_warps=warps)
     return values, scale
 
 
-@torch.library.custom_op("qwen_train::swiglu", mutates_args=())
-def swiglu(gate_up: Tensor) -> Tensor:
-    """gate|up [T, 2F] -> silu(gate) * up [T, F], computed in fp32 and rounded as transformers does, after silu too."""
-    rows, width = gate_up.shape
-    features = width // 2
-    if triton is None or not gate_up.is_cuda:
+def swiglu(gate_up: Tensor, low: Tensor | None = None, b: Tensor | None = None, rank: int = 0) -> Tensor:
+    """gate|up [T, 2F] -> silu(gate) * up [T, F], computed in fp32 and rounded as transformers does, after silu too.
+
+    With low[T, R] and b[2F, r], the adapters' s B one below the other: their part of gate|up, of which the first `rank`
+    columns of low make gate's, is first added to `gate_up` in place.
+    """
+    rows, features = gate_up.shape[0], gate_up.shape[1] // 2
+    if not on_gpu(gate_up):
         gate, up = gate_up.split(features, dim=1)
+        if low is not None:
+            assert b is not None
+            gate += low[:, :rank] @ b[:features, :rank].T
+            up += low[:, rank:] @ b[features:, : low.shape[1] - rank].T
         return torch.nn.functional.silu(gate) * up
     out = gate_up.new_empty(rows, features)
-    grid = (rows, triton.cdiv(features, 1024))
-    _swiglu_kernel[grid](gate_up, out, features, 1024)
+    if rows == 0:
+        return out
+    if low is None:
+        _swiglu_kernel[rows, triton.cdiv(features, 1024)](gate_up, out, features, 1024)
+        return out
+    assert b is not None
+    block_t, block_f, warps = FORWARD_TILE
+    ranks = rank, low.shape[1] - rank
+    _swiglu_low_kernel[triton.cdiv(features, block_f), triton.cdiv(rows, block_t)](
+        gate_up, low, b, out, rows, features, low.stride(0), b.shape[1], *ranks,
+        _padded(max(ranks)), block_t, block_f, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
-@swiglu.register_fake
-def _(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+def swiglu_backward(grad: Tensor, gate_up: Tensor, grad_low: Tensor | None = None, a: Tensor | None = None) -> Tensor:
+    """grad[T, F], gate|up [T, 2F] -> gradient of gate|up [T, 2F].
 
-
-@torch.library.custom_op("qwen_train::swiglu_backward", mutates_args=())
-def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """grad[T, F], gate|up [T, 2F] -> gradient of gate|up [T, 2F]."""
-    rows, width = gate_up.shape
-    features = width // 2
-    if triton is None or not grad.is_cuda:
+    With grad_low[T, R] and a[R, F], the adapter of the projection that follows: grad_low @ a is first added to `grad`.
+    """
+    rows, features = grad.shape
+    if not on_gpu(grad):
+        if grad_low is not None:
+            assert a is not None
+            grad = torch.addmm(grad, grad_low, a)
         gate, up = (half.float() for half in gate_up.split(features, dim=1))
         sigmoid = gate.sigmoid()
         grad_gate = grad.float() * up * sigmoid * (1 + gate * (1 - sigmoid))
         return torch.cat([grad_gate, grad.float() * gate * sigmoid], dim=1).to(gate_up.dtype)
     out = torch.empty_like(gate_up)
-    grid = (rows, triton.cdiv(features, 1024))
-    _swiglu_backward_kernel[grid](grad, gate_up, out, features, 1024)
+    if rows == 0:
+        return out
+    if grad_low is None:
+        _swiglu_backward_kernel[rows, triton.cdiv(features, 1024)](grad, gate_up, out, features, 1024)
+        return out
+    assert a is not None
+    block_t, block_f, warps = BACKWARD_TILE
+    rank = grad_low.shape[1]
+    _swiglu_low_backward_kernel[triton.cdiv(features, block_f), triton.cdiv(rows, block_t)](
+        grad, gate_up, grad_low, a, out, rows, features, grad_low.stride(0), rank,
+        _padded(rank), block_t, block_f, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
-@swiglu_backward.register_fake
-def _(grad: Tensor, gate_up: Tensor) -> Tensor:
-    return torch.empty_like(gate_up)
+def _padded(rank: int) -> int:
+    """Inner dimension of a product in a kernel: tensor cores want a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(rank))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+@torch.library.custom_op("qwen_train::rotary", mutates_args=())
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q|k|v [T, (H + 2G) E], cos and sin [T, E] -> rotated q[T, H, E] and k[T, G, E], and v[T, G, E].
+
+    Rounded after each product as transformers' `apply_rotary_pos_emb` does.
+    """
+    rows, head_dim = cos.shape
+    q, k, v = (qkv.new_empty(rows, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
+    if not on_gpu(qkv):
+        parts = qkv.view(rows, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        q.copy_(_rotated(parts[0], cos, sin))
+        k.copy_(_rotated(parts[1], cos, sin))
+        v.copy_(parts[2])
+    elif rows:
+        block = triton.next_power_of_2(num_heads + num_kv_heads), triton.next_power_of_2(head_dim // 2)
+        kv_block = triton.next_power_of_2(num_kv_heads)
+        _rotary_kernel[(rows,)](
+            qkv, q, k, v, cos, sin, qkv.stride(0), num_heads, num_kv_heads, head_dim // 2, *block, kv_block
+        )
+    return q, k, v
 
 
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    return swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
-swiglu.register_autograd(_backward, setup_context=_save)
+@rotary.register_fake
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, head_dim = cos.shape
+    return (
+        qkv.new_empty(rows, num_heads, head_dim),
+        qkv.new_empty(rows, num_kv_heads, head_dim),
+        qkv.new_empty(rows, num_kv_heads, head_dim),
+    )
+
+
+@torch.library.custom_op("qwen_train::rotary_backward", mutates_args=())
+def rotary_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradients of q, k and v -> gradient of q|k|v [T, (H + 2G) E]."""
+    rows, num_heads, head_dim = grad_q.shape
+    num_kv_heads = grad_k.shape[1]
+    out = grad_q.new_empty(rows, (num_heads + 2 * num_kv_heads) * head_dim)
+    if not on_gpu(grad_q):
+        parts = out.view(rows, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        for part, grad in zip(parts, (grad_q, grad_k), strict=False):
+            first, second = (grad * sin[:, None]).chunk(2, dim=-1)
+            part.copy_(grad * cos[:, None] + torch.cat([second, -first], dim=-1))
+        parts[2].copy_(grad_v)
+    elif rows:
+        block = triton.next_power_of_2(num_heads + num_kv_heads), triton.next_power_of_2(head_dim // 2)
+        kv_block = triton.next_power_of_2(num_kv_heads)
+        _rotary_backward_kernel[(rows,)](
+            grad_q, grad_k, grad_v, out, cos, sin, num_heads, num_kv_heads, head_dim // 2, *block, kv_block
+        )
+    return out
+
+
+@rotary_backward.register_fake
+def _(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rows, num_heads, head_dim = grad_q.shape
+    return grad_q.new_empty(rows, (num_heads + 2 * grad_k.shape[1]) * head_dim)
+
+
+def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _backward_rotary(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Any, ...]:
+    grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
+    return rotary_backward(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+rotary.register_autograd(_backward_rotary, setup_context=_save_rotary)
+
+
+class ChunkScores(NamedTuple):
+    """What one pass over a chunk of logits gives."""
+
+    logps: Tensor
+    """float32[C]."""
+    is_argmax: Tensor
+    """bool[C]; a target that ties with the maximum counts."""
+    logsumexp: Tensor
+    """float32[C]."""
+    miss: Tensor
+    """Probability of all other tokens, float32[C]; a sum without the target, since near p = 1 `1 - p` has no digits."""
+    residual: Tensor | None
+    """`onehot(target) - softmax(logits)`, formed in fp32 and rounded once to the head's dtype; [C, V]."""
+
+
+def score_logits(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
+    """`logprobs.chunk_scores` on a GPU: logits float32[C, V] are read twice (once without residual), not written."""
+    assert logits.is_contiguous()
+    rows, vocabulary = logits.shape
+    logps, logsumexp, miss = (logits.new_empty(rows) for _ in range(3))
+    is_argmax = logits.new_empty(rows, dtype=torch.bool)
+    residual = None if residual_dtype is None else torch.empty_like(logits, dtype=residual_dtype)
+    if rows:
+        _score_logits_kernel[(rows,)](
+            logits, targets, logps, is_argmax, logsumexp, miss, logits if residual is None else residual, vocabulary,
+            residual is not None, 4096, num_warps=8,
+        )  # fmt: skip
+    return ChunkScores(logps, is_argmax, logsumexp, miss, residual)
 
 
 @torch.library.custom_op("qwen_train::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x[T, M], frozen weight[M] -> x / rms(x) * weight [T, M], rounded as in transformers; 1 / rms(x), fp32 [T]."""
-    if triton is None or not x.is_cuda:
+    if not on_gpu(x):
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(dim=1) + eps)
         return weight * (wide * scale[:, None]).to(x.dtype), scale
     rows, columns = x.shape
     out, scale = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    if rows == 0:
+        return out, scale
     block = triton.next_power_of_2(columns)
     _rms_norm_kernel[(rows,)](x, weight, out, scale, columns, eps, block, num_warps=min(16, max(4, block // 512)))
     return out, scale
@@ -115,12 +256,14 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("qwen_train::rms_norm_backward", mutates_args=())
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """grad[T, M] -> gradient of x[T, M]."""
-    if triton is None or not x.is_cuda:
+    if not on_gpu(x):
         unit = x.float() * scale[:, None]
         inner = grad.float() * weight.float()
         return (scale[:, None] * (inner - unit * (inner * unit).mean(dim=1, keepdim=True))).to(x.dtype)
     rows, columns = x.shape
     out = torch.empty_like(x)
+    if rows == 0:
+        return out
     block = triton.next_power_of_2(columns)
     warps = min(16, max(4, block // 512))
     _rms_norm_backward_kernel[(rows,)](grad, x, weight, scale, out, columns, block, num_warps=warps)
@@ -146,13 +289,25 @@ rms_norm.register_autograd(_backward_norm, setup_context=_save_norm)
 if triton is not None:
 
     @triton.jit
-    def _round_rows_kernel(x, values, scale, columns, largest, BLOCK: tl.constexpr):  # noqa: N803
+    def _round_rows_kernel(x, values, scale, columns, largest, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # noqa: N803
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
-        mask = column < columns
-        data = tl.load(x + row * columns + column, mask=mask, other=0.0).to(tl.float32)
-        factor = tl.maximum(tl.max(tl.abs(data), axis=0), 1e-12) / largest
-        tl.store(values + row * columns + column, (data / factor).to(tl.float8e4nv), mask=mask)
+        if WHOLE:
+            mask = column < columns
+            data = tl.load(x + row * columns + column, mask=mask, other=0.0).to(tl.float32)
+            factor = tl.maximum(tl.max(tl.abs(data), axis=0), 1e-12) / largest
+            tl.store(values + row * columns + column, (data / factor).to(tl.float8e4nv), mask=mask)
+        else:
+            most = tl.zeros([BLOCK], dtype=tl.float32)
+            for start in range(0, columns, BLOCK):
+                mask = start + column < columns
+                data = tl.load(x + row * columns + start + column, mask=mask, other=0.0).to(tl.float32)
+                most = tl.maximum(most, tl.abs(data))
+            factor = tl.maximum(tl.max(most, axis=0), 1e-12) / largest
+            for start in range(0, columns, BLOCK):
+                mask = start + column < columns
+                data = tl.load(x + row * columns + start + column, mask=mask, other=0.0).to(tl.float32)
+                tl.store(values + row * columns + start + column, (data / factor).to(tl.float8e4nv), mask=mask)
         tl.store(scale + row, factor)
 
     @triton.jit
@@ -178,6 +333,167 @@ if triton is not None:
         tl.store(out + row * 2 * features + column, grad_gate.to(out.dtype.element_ty), mask=mask)
         grad_up = g * gate * sigmoid
         tl.store(out + row * 2 * features + features + column, grad_up.to(out.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _swiglu_low_kernel(
+        gate_up, low, b, out, rows, features, low_stride, b_width, gate_rank, up_rank,
+        RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+        row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        inner = tl.arange(0, RANK)
+        in_rows, in_columns = (row < rows)[:, None], (column < features)[None, :]
+        mask = in_rows & in_columns
+        kind = out.dtype.element_ty
+        place = gate_up + row[:, None] * 2 * features + column[None, :]
+        gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(place + features, mask=mask, other=0.0).to(tl.float32)
+
+        left = low + row[:, None] * low_stride + inner[None, :]
+        right = b + column[None, :].to(tl.int64) * b_width + inner[:, None]
+        small = tl.load(left, mask=in_rows & (inner < gate_rank)[None, :], other=0.0)
+        wide = tl.load(right, mask=in_columns & (inner < gate_rank)[:, None], other=0.0)
+        gate = (gate + tl.dot(small, wide, input_precision="ieee")).to(kind)
+        tl.store(place, gate, mask=mask)
+        small = tl.load(left + gate_rank, mask=in_rows & (inner < up_rank)[None, :], other=0.0)
+        wide = tl.load(right + features * b_width, mask=in_columns & (inner < up_rank)[:, None], other=0.0)
+        up = (up + tl.dot(small, wide, input_precision="ieee")).to(kind)
+        tl.store(place + features, up, mask=mask)
+
+        gate = gate.to(tl.float32)
+        silu = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32)
+        tl.store(out + row[:, None] * features + column[None, :], (silu * up.to(tl.float32)).to(kind), mask=mask)
+
+    @triton.jit
+    def _swiglu_low_backward_kernel(
+        grad, gate_up, grad_low, a, out, rows, features, low_stride, rank,
+        RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+        row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        inner = tl.arange(0, RANK)
+        in_rows, in_columns = (row < rows)[:, None], (column < features)[None, :]
+        mask = in_rows & in_columns
+        kind = out.dtype.element_ty
+        place = row[:, None] * 2 * features + column[None, :]
+        g = tl.load(grad + row[:, None] * features + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_up + place, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + place + features, mask=mask, other=0.0).to(tl.float32)
+
+        small = tl.load(
+            grad_low + row[:, None] * low_stride + inner[None, :], mask=in_rows & (inner < rank)[None, :], other=0.0
+        )
+        wide = tl.load(
+            a + inner[:, None] * features + column[None, :], mask=in_columns & (inner < rank)[:, None], other=0.0
+        )
+        g = (g + tl.dot(small, wide, input_precision="ieee")).to(kind).to(tl.float32)
+
+        sigmoid = tl.sigmoid(gate)
+        tl.store(out + place, (g * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind), mask=mask)
+        tl.store(out + place + features, (g * gate * sigmoid).to(kind), mask=mask)
+
+    @triton.jit
+    def _rotary_kernel(
+        qkv, q, k, v, cos, sin, stride, num_heads, num_kv_heads, half,
+        HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+        inside = place < half
+        mask = (head < num_heads + num_kv_heads) & inside
+        kind = q.dtype.element_ty
+        offset = head * 2 * half + place
+        first = tl.load(qkv + row * stride + offset, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(qkv + row * stride + offset + half, mask=mask, other=0.0).to(tl.float32)
+        table = row * 2 * half + place
+        cos_first = tl.load(cos + table, mask=inside, other=0.0).to(tl.float32)
+        cos_second = tl.load(cos + table + half, mask=inside, other=0.0).to(tl.float32)
+        sin_first = tl.load(sin + table, mask=inside, other=0.0).to(tl.float32)
+        sin_second = tl.load(sin + table + half, mask=inside, other=0.0).to(tl.float32)
+        turned = (first * cos_first).to(kind).to(tl.float32) - (second * sin_first).to(kind).to(tl.float32)
+        other = (second * cos_second).to(kind).to(tl.float32) + (first * sin_second).to(kind).to(tl.float32)
+        is_q, is_k = mask & (head < num_heads), mask & (head >= num_heads)
+        to_q = q + row * num_heads * 2 * half + offset
+        to_k = k + row * num_kv_heads * 2 * half + offset - num_heads * 2 * half
+        tl.store(to_q, turned.to(kind), mask=is_q)
+        tl.store(to_q + half, other.to(kind), mask=is_q)
+        tl.store(to_k, turned.to(kind), mask=is_k)
+        tl.store(to_k + half, other.to(kind), mask=is_k)
+        value = tl.arange(0, KV_HEADS)[:, None] * 2 * half + place
+        mask = (tl.arange(0, KV_HEADS)[:, None] < num_kv_heads) & inside
+        source = qkv + row * stride + (num_heads + num_kv_heads) * 2 * half + value
+        target = v + row * num_kv_heads * 2 * half + value
+        tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
+        tl.store(target + half, tl.load(source + half, mask=mask, other=0.0), mask=mask)
+
+    @triton.jit
+    def _rotary_backward_kernel(
+        grad_q, grad_k, grad_v, out, cos, sin, num_heads, num_kv_heads, half,
+        HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+        inside = place < half
+        mask = (head < num_heads + num_kv_heads) & inside
+        kind = out.dtype.element_ty
+        offset = head * 2 * half + place
+        is_q, is_k = mask & (head < num_heads), mask & (head >= num_heads)
+        from_q = grad_q + row * num_heads * 2 * half + offset
+        from_k = grad_k + row * num_kv_heads * 2 * half + offset - num_heads * 2 * half
+        first = tl.load(from_q, mask=is_q, other=0.0) + tl.load(from_k, mask=is_k, other=0.0)  # one of them is 0
+        second = tl.load(from_q + half, mask=is_q, other=0.0) + tl.load(from_k + half, mask=is_k, other=0.0)
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        table = row * 2 * half + place
+        cos_first = tl.load(cos + table, mask=inside, other=0.0).to(tl.float32)
+        cos_second = tl.load(cos + table + half, mask=inside, other=0.0).to(tl.float32)
+        sin_first = tl.load(sin + table, mask=inside, other=0.0).to(tl.float32)
+        sin_second = tl.load(sin + table + half, mask=inside, other=0.0).to(tl.float32)
+        turned = (first * cos_first).to(kind).to(tl.float32) + (second * sin_second).to(kind).to(tl.float32)
+        other = (second * cos_second).to(kind).to(tl.float32) - (first * sin_first).to(kind).to(tl.float32)
+        width = (num_heads + 2 * num_kv_heads) * 2 * half
+        tl.store(out + row * width + offset, turned.to(kind), mask=mask)
+        tl.store(out + row * width + offset + half, other.to(kind), mask=mask)
+        value = tl.arange(0, KV_HEADS)[:, None] * 2 * half + place
+        mask = (tl.arange(0, KV_HEADS)[:, None] < num_kv_heads) & inside
+        source = grad_v + row * num_kv_heads * 2 * half + value
+        target = out + row * width + (num_heads + num_kv_heads) * 2 * half + value
+        tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
+        tl.store(target + half, tl.load(source + half, mask=mask, other=0.0), mask=mask)
+
+    @triton.jit
+    def _score_logits_kernel(
+        logits, targets, logps, is_argmax, logsumexp, miss, residual, vocabulary,
+        RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        target = tl.load(targets + row)
+        target_logit = tl.load(logits + row * vocabulary + target)
+        # Each lane keeps a maximum of its own, and the sum of the others' exponentials relative to it.
+        most = tl.full([BLOCK], -1e38, dtype=tl.float32)
+        others = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            place = start + column
+            data = tl.load(logits + row * vocabulary + place, mask=place < vocabulary, other=-float("inf"))
+            new = tl.maximum(most, data)
+            others = others * tl.exp(most - new) + tl.where(place == target, 0.0, tl.exp(data - new))
+            most = new
+        maximum = tl.max(most, axis=0)
+        sum_others = tl.sum(others * tl.exp(most - maximum), axis=0)
+        total = sum_others + tl.exp(target_logit - maximum)
+        share = sum_others / total
+        log_total = tl.log(total)
+        tl.store(logps + row, target_logit - maximum - log_total)
+        tl.store(is_argmax + row, target_logit >= maximum)
+        tl.store(logsumexp + row, maximum + log_total)
+        tl.store(miss + row, share)
+        if RESIDUAL:
+            for start in range(0, vocabulary, BLOCK):
+                place = start + column
+                mask = place < vocabulary
+                data = tl.load(logits + row * vocabulary + place, mask=mask, other=0.0)
+                value = tl.where(place == target, share, -tl.exp(data - maximum) / total)
+                tl.store(residual + row * vocabulary + place, value.to(residual.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _rms_norm_kernel(x, weight, out, scale, columns, eps, BLOCK: tl.constexpr):  # noqa: N803

@@ -41,6 +41,7 @@ from qwen_train.model.adapters import (
 )
 from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
 from qwen_train.model.compile import DecoderLayers
+from qwen_train.model.last_layer import keep_supervised_rows
 from qwen_train.model.logprobs import TokenScores, token_logprobs
 from qwen_train.model.lora import fuse_lora, fuse_norms
 
@@ -113,13 +114,15 @@ class PackedLM(nn.Module):
     def forward(self, batch: "Batch") -> TokenScores:
         """Log-probabilities (fp32) of the batch's targets."""
         lm = self.causal_lm
+        # An empty micro-batch still runs the last layer, whose weights FSDP2 gathers, on one row that nobody reads.
+        rows = batch.target_positions if len(batch.targets) else batch.position_ids.new_zeros(1)
         hidden = lm.model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
+            packed_rows=rows,
             **attention_kwargs(batch.bounded(self.max_length), self.attention),
-        ).last_hidden_state[0]
-        hidden = hidden.index_select(0, batch.target_positions)
+        ).last_hidden_state[0, : len(batch.targets)]
         return token_logprobs(
             hidden, lm.lm_head.weight, batch.targets, self.head_chunk, torch.is_grad_enabled(), self.compiled_head
         )
@@ -315,6 +318,7 @@ def load_model(
         fuse_norms([*norms, model.causal_lm.model.norm])
     count = config.model.checkpoint_layers
     assert count != "auto", "resolve_auto comes before load_model"
+    keep_supervised_rows(layers[-1])
     model.layers = DecoderLayers(layers, config.model.compile, config.lora.enabled and config.lora.dropout > 0)
     model.layers.recompute(count)
     return model.train()  # transformers loads in evaluation mode

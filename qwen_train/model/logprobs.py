@@ -14,6 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen_train.model.compile import Fallback
+from qwen_train.model.kernels import ChunkScores, on_gpu, score_logits
+
+ChunkFunction = Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores]
+
+ONE_KERNEL = True
+"""Whether a chunk is scored by kernels.py's one kernel rather than by a compiled function; the benchmark compares."""
 
 
 class TokenScores(NamedTuple):
@@ -23,21 +29,6 @@ class TokenScores(NamedTuple):
     """Log-probability of the target in nats; float32[S]."""
     is_argmax: Tensor
     """Whether no other token was likelier; bool[S]."""
-
-
-class ChunkScores(NamedTuple):
-    """What one pass over a chunk of logits gives."""
-
-    logps: Tensor
-    """float32[C]."""
-    is_argmax: Tensor
-    """bool[C]; a target that ties with the maximum counts."""
-    logsumexp: Tensor
-    """float32[C]."""
-    miss: Tensor
-    """Probability of all other tokens, float32[C]; a sum without the target, since near p = 1 `1 - p` has no digits."""
-    residual: Tensor | None
-    """`onehot(target) - softmax(logits)`, formed in fp32 and rounded once to the head's dtype; [C, V]."""
 
 
 def token_logprobs(
@@ -75,9 +66,15 @@ def token_logprobs(
             chunk_size,
             keep_jacobian,
             train_head,
-            _compiled_chunk_scores() if compiled else chunk_scores,
+            _chunk_function(hidden, compiled),
         )
     return TokenScores(logps, is_argmax)
+
+
+def _chunk_function(hidden: Tensor, compiled: bool) -> ChunkFunction:
+    if compiled and ONE_KERNEL and on_gpu(hidden):
+        return score_logits
+    return _compiled_chunk_scores() if compiled else chunk_scores
 
 
 def chunk_scores(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
@@ -125,7 +122,7 @@ def _chunk_scores(
 
 
 @cache
-def _compiled_chunk_scores() -> Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores]:
+def _compiled_chunk_scores() -> ChunkFunction:
     compiled = torch.compile(chunk_scores_functional)
 
     def scores(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
@@ -146,7 +143,7 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk_size: int,
         keep_jacobian: bool,
         train_head: bool,
-        scores: Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores],
+        scores: ChunkFunction,
     ) -> tuple[Tensor, Tensor]:
         weight = head_weight.to(hidden.dtype)
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
