@@ -84,7 +84,7 @@ def train(config: DPOConfig, run: Run) -> None:
     lengths = packed_lengths(data.dataset, config.reference.share_prompt)
     collate = collate_preferences(data.dataset, config.reference.share_prompt)
     assert isinstance(folder.config, DPOConfig)
-    config = resolve_auto(folder.config, run.device, int(lengths.max()), shape, run.free_memory())
+    config = resolve_auto(folder.config, int(lengths.max()), shape, run.free_memory(), run.shards)
     record_config(run, folder, config)
     held_out = skills = None
     if config.data.eval:

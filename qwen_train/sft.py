@@ -49,7 +49,8 @@ def train(config: SFTConfig, run: Run) -> None:
     )
     data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
     run.note(f"data.train: {data.report.summary()}")
-    config = resolve_auto(folder.config, run.device, int(data.column("length").max()), shape, run.free_memory())
+    longest = int(data.column("length").max())
+    config = resolve_auto(folder.config, longest, shape, run.free_memory(), run.shards)
     record_config(run, folder, config)
     held_out = None
     if config.data.eval:

@@ -376,7 +376,7 @@ def tokens(world: World, *arguments: str) -> Any:
 
 def model(world: World, *arguments: str) -> Any:
     """Trained weights, the base's, log-probs of a batch; how often the head, a recomputation, a compilation came."""
-    config = resolve_auto(world.config(SFTConfig, *arguments), torch.device("cpu"), 300)
+    config = resolve_auto(world.config(SFTConfig, *arguments), 300)
     data = tokenize_conversations(
         str(world.folder / "rows.jsonl"), load_tokenizer(config.model), ChatOptions(), cache_dir=world.cache_dir
     )

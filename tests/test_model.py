@@ -81,7 +81,7 @@ class World:
         return load_config(SFTConfig, [*argv, *(f"--{word}" for word in words)])[0]
 
     def load(self, *arguments: str) -> PackedLM:
-        config = resolve_auto(self.config(*arguments), torch.device("cpu"), 128)
+        config = resolve_auto(self.config(*arguments), 128)
         return load_model(config, load_tokenizer(config.model), torch.device("cpu"), self.folder / "none", False)
 
     def train(self, *arguments: str) -> Trained:

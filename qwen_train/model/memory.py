@@ -1,121 +1,311 @@
-"""Memory of a step: an estimate by component, and the `auto` values that it leads to."""
+"""Memory of a step: an estimate by component, and the `auto` values that it leads to.
+
+Counted from what model/lora.py, the kernels and torch.compile keep for backward; held against peaks measured on an H200
+(tests/test_memory.py, docs/measured.md). Activations and gradients are those of a micro-batch that is full.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from qwen_train.config import Config, DPOConfig, ReferenceConfig, SFTConfig
+from qwen_train.loss.preference import LOSSES
 
-from qwen_train.config import Config, DPOConfig, SFTConfig
-
+GIB = 2**30
 CPU_TOKENS = 4096
 GPU_TOKENS = (16384, 8192, 4096, 2048)
-"""Budgets that `auto` tries, the largest first; above 16,384 tokens a GPU gains nothing."""
+"""Budgets that `auto` tries; above 16,384 tokens a GPU gains nothing."""
 
 SHARE_OF_FREE = 0.92
 """Of the free memory, what a step may take by the estimate: the rest is fragmentation and the estimate's own error."""
+ESTIMATE_ERROR = 0.1
+"""By how much an estimate may be beyond the free memory before a config with given numbers is refused."""
 
-
-PEFT_FORWARD = 1.5
-"""Activations with PEFT's own LoRA forward (dropout, DoRA), as a share of the fused one's: fp32 adapters take 122 GiB
-where bf16 ones take 92 (bare loop, 16,384 tokens), and dropout and DoRA keep more of their own. Not measured here."""
+EAGER = 1.5
+"""Activations where transformers' own layers run uncompiled, as a share of compiled ones: norms keep fp32 copies."""
+RECOMPUTED_LAYER = 1.4
+"""Working memory of a layer's recomputation with its gradients, as a share of the activations it would have kept."""
+OVERHEAD_TOKENS = 550
+"""Tokens in whose time a micro-batch's fixed cost lies: 18,447 tokens/s at 16,384 and 16,809 at 4,096 (H200, 7B)."""
+RECOMPUTATION_TIME = 0.35
+"""What recomputing every layer adds to the time of a step: 13,042 tokens/s against 17,600 (H200, 7B)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of a training step on one GPU."""
+    """Bytes on each GPU at the peak of a training step."""
 
     weights: int
-    """Frozen or trained weights, in their storage form."""
-    training: int
-    """Trained parameters' masters, gradients and both moments of AdamW (and bf16 gradients in full training)."""
+    """Base weights, frozen or trained, in their storage form."""
+    adapters: int
+    """fp32 masters of the adapters."""
+    gradients: int
+    optimizer: int
+    """Moments, and masters of weights that are trained in bf16."""
+    reference: int
+    """A second model, or a frozen copy of the adapter."""
+    gathered: int
+    """FSDP2: what is whole for a moment: embeddings and head, a layer and the next, gradients on their way."""
     activations: int
-    """What forward keeps for backward."""
+    """What the forward keeps for the backward."""
     working: int
-    """The larger of the head's chunk and one layer's recomputation with its gradients: they do not coincide."""
+    """The largest of the head's chunk, a layer in backward, and the last reduction: they do not coincide."""
+    activations_per_token: int
+    """Of the activations; not in the total."""
+
+    @property
+    def components(self) -> dict[str, int]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "activations_per_token"}
 
     @property
     def total(self) -> int:
-        return self.weights + self.training + self.activations + self.working
+        return sum(self.components.values())
 
 
-def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recomputed: int) -> Estimate:
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Values that `auto` may take, and the memory they need."""
+
+    recomputed: int
+    tokens: int
+    estimate: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a dense Qwen model."""
+
+    layers: int
+    hidden: int
+    wide: int
+    heads: int
+    """Features of all query heads."""
+    kv: int
+    """Features of all key heads."""
+    vocab: int
+    embeddings: int
+    """Parameters of embedding and head, which small models share."""
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """From transformers' config."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            wide=config.intermediate_size,
+            heads=config.num_attention_heads * head_dim,
+            kv=config.num_key_value_heads * head_dim,
+            vocab=config.vocab_size,
+            embeddings=config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2),
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(input, output features) of a layer's projections."""
+        hidden, heads, kv, wide = self.hidden, self.heads, self.kv, self.wide
+        return {
+            "q_proj": (hidden, heads),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (heads, hidden),
+            "gate_proj": (hidden, wide),
+            "up_proj": (hidden, wide),
+            "down_proj": (wide, hidden),
+        }
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a layer's projections; biases and norms are nothing beside them."""
+        return sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.embeddings
+
+    def adapter(self, rank: int, targets: str | Sequence[str]) -> int:
+        """Parameters of LoRA matrices of `rank` on the projections that `targets` names."""
+        named = [targets] if isinstance(targets, str) else targets
+        of_layer = sum(
+            inputs + outputs
+            for name, (inputs, outputs) in self.linears.items()
+            if "all-linear" in named or any(name == target.split(".")[-1] for target in named)
+        )
+        return self.layers * rank * of_layer
+
+
+def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recomputed: int, shards: int = 1) -> Estimate:
     """Peak of a step with micro-batches of `tokens` tokens and `recomputed` of the layers recomputed in backward.
 
-    Counted from what model/lora.py and the kernels keep for backward, in bf16; within 6 % of the peaks measured in the
-    7B's shape on an H200 (docs/measured.md). Batches of fewer tokens than the budget take less.
+    `shards`: GPUs over which FSDP2 spreads the weights (HSDP: those of one replica); 1: each GPU holds them all.
     """
-    shape = model_config
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    hidden, wide, kv = shape.hidden_size, shape.intermediate_size, shape.num_key_value_heads * head_dim
-    heads = shape.num_attention_heads * head_dim
-    linear = shape.num_hidden_layers * hidden * (2 * heads + 2 * kv + 3 * wide)
-    embeddings = shape.vocab_size * hidden * (1 if shape.tie_word_embeddings else 2)
-    rank = config.lora.r if config.lora.enabled else 0
-    adapter = shape.num_hidden_layers * rank * (2 * (hidden + heads) + 2 * (hidden + kv) + 3 * (hidden + wide))
+    shape, lora = Shape.of(model_config), config.lora.enabled
     size = 4 if config.model.dtype == "float32" else 2
-    bytes_per_weight = {"none": size, "nf4": 0.516, "fp8": 2.0}[config.model.quantization]  # fp8 lies there twice
-    weights = int(linear * bytes_per_weight + embeddings * size)
-    if isinstance(config, DPOConfig) and config.reference.path and not config.reference.precompute:
-        weights += (linear + embeddings) * size  # another model as the reference
-    training = adapter * 16 if rank else (linear + embeddings) * 14  # masters, moments, bf16 gradients
-    # Kept per token: both norms' inputs and outputs, q, k, v, the attention's output, gate|up and their product.
-    layer = size * (4 * hidden + 2 * heads + 2 * kv + 3 * wide + 7 * rank)
+    adapter = shape.adapter(config.lora.r, config.lora.target_modules) if lora else 0
+    trained = adapter or shape.parameters
+    fp32_weights = lora or shards > 1 or size == 4  # trained weights that are their own masters
+    moments = 2 if config.optim.name == "adamw_8bit" else 8
+    stored = {"none": size, "nf4": 0.516, "fp8": 2.0}[config.model.quantization]  # fp8 lies there twice
+    base = shape.layers * shape.layer * stored + shape.embeddings * size
+    if not lora and shards > 1:
+        base = shape.parameters * 4
+
+    kept = _kept_by_layer(config, shape, size)
+    per_token = (shape.layers - recomputed) * kept + recomputed * size * shape.hidden + 3 * size * shape.hidden
+    working, last = _working(config, shape, size, tokens, recomputed, kept, shards)
+    activations = tokens * per_token
+    return Estimate(
+        weights=int(base / shards),
+        adapters=adapter * 4 // shards,
+        gradients=trained * (4 if fp32_weights else size) // shards,
+        optimizer=trained * (moments + (0 if fp32_weights else 4)) // shards,
+        reference=_reference(config, shape, size, adapter) // shards,
+        gathered=_gathered(shape, size, lora) if shards > 1 else 0,
+        activations=activations,
+        working=max(working, last - activations),
+        activations_per_token=per_token,
+    )
+
+
+def _kept_by_layer(config: SFTConfig, shape: Shape, size: int) -> int:
+    """Bytes a token that a layer keeps for backward."""
+    hidden, heads, kv, wide = shape.hidden, shape.heads, shape.kv, shape.wide
+    rank = config.lora.r if config.lora.enabled else 0
     if config.lora.enabled and (config.lora.dropout > 0 or config.lora.use_dora):
-        layer = int(layer * PEFT_FORWARD)
-    boundary = size * hidden
-    kept = (shape.num_hidden_layers - recomputed) * layer + recomputed * boundary + 3 * size * hidden
-    head = min(config.model.head_chunk, tokens) * shape.vocab_size * 6  # fp32 logits and their bf16 residual
-    recomputation = int(1.4 * tokens * layer) if recomputed else 0
-    written_out = 4 * hidden * wide if config.model.quantization == "nf4" else 0
-    return Estimate(weights, training, tokens * kept, max(head, recomputation) + written_out)
+        # PEFT's own forward: each adapter keeps its input in fp32, dropped out, and the mask.
+        inputs = 5 * hidden + heads + wide
+        compiled = size * (2 * hidden + 2 * heads + 2 * kv + 2 * wide) + 5 * inputs + 4 * 7 * rank
+        return compiled if config.model.compile else int(EAGER * compiled)
+    # Both norms' inputs and outputs, q, k, v, the attention's output, gate, up and their product.
+    compiled = size * (4 * hidden + 2 * heads + 2 * kv + 3 * wide + 7 * rank)
+    return compiled if config.lora.enabled or config.model.compile else int(EAGER * compiled)
+
+
+def _working(
+    config: SFTConfig, shape: Shape, size: int, tokens: int, recomputed: int, kept: int, shards: int
+) -> tuple[int, int]:
+    """Bytes beside the activations at the head or in a layer's backward; and in the end, when those are gone."""
+    head = min(config.model.head_chunk, tokens) * shape.vocab * 6  # fp32 logits and their bf16 residual
+    matrix = shape.vocab * shape.hidden
+    if not config.lora.enabled:
+        head += matrix * (4 + size)  # the head's gradient, summed over chunks in fp32, then cast
+    layer = tokens * size * (3 * shape.wide + 2 * shape.hidden)  # gradients of gate, up and their product
+    if recomputed:
+        layer = max(layer, int(RECOMPUTED_LAYER * tokens * kept))
+    if config.model.quantization == "nf4":  # gate|up, written out
+        head, layer = head + 4 * shape.hidden * shape.wide, layer + 4 * shape.hidden * shape.wide
+    last = 0
+    if not config.lora.enabled:
+        # The embedding's gradient; FSDP2 reduces embedding and head together, in fp32.
+        last = matrix * size if shards == 1 else shape.embeddings * (4 + size)
+    return max(head, layer), last
+
+
+def _gathered(shape: Shape, size: int, lora: bool) -> int:
+    """Bytes of the unsharded root and of a layer's weights, and the next one's; their gradients if they are trained."""
+    root, layers = shape.embeddings * size, 2 * shape.layer * size
+    if lora:
+        return root + layers
+    return root + shape.vocab * shape.hidden * size + layers + shape.layer * (size + 4)
+
+
+def _reference(config: SFTConfig, shape: Shape, size: int, adapter: int) -> int:
+    """Bytes that a DPO's reference takes during training."""
+    if not isinstance(config, DPOConfig) or not LOSSES[config.loss.name].needs_reference:
+        return 0
+    continues = adapter > 0 and config.model.adapter is not None and config.model.adapter_start == "continue"
+    reference: ReferenceConfig = config.reference
+    source = reference.source
+    if source == "auto":
+        source = "model" if not config.lora.enabled else "start_adapter" if continues else "adapter_off"
+    if source == "start_adapter":
+        return adapter * 4
+    return shape.parameters * size if source == "model" and not reference.precompute else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# auto
+
+
+def candidates(config: SFTConfig, model_config: Any, longest: int, shards: int = 1) -> list[Candidate]:
+    """What the `auto` fields may become, the fastest first: by the time that a token takes.
+
+    A micro-batch holds the longest row (`longest` tokens), and no more than a step has.
+    """
+    layers, tokens = config.model.checkpoint_layers, config.batch.tokens_per_microbatch
+    most = config.batch.sequences_per_step * longest
+    budgets = {max(longest, min(budget, most)) for budget in GPU_TOKENS} if tokens == "auto" else {tokens}
+    total = model_config.num_hidden_layers
+    counts = range(total + 1) if layers == "auto" else [min(layers, total)]
+
+    def time_of(candidate: Candidate) -> float:
+        recomputation = 1 + RECOMPUTATION_TIME * candidate.recomputed / total
+        return recomputation * (1 + OVERHEAD_TOKENS / candidate.tokens)
+
+    pairs = [(count, budget) for budget in budgets for count in counts]
+    made = [Candidate(count, b, estimate_memory(config, model_config, b, count, shards)) for count, b in pairs]
+    return sorted(made, key=lambda candidate: (time_of(candidate), candidate.estimate.total))
+
+
+def with_candidate(config: Config, candidate: Candidate) -> Config:
+    """The config with its `auto` fields, and no others, set."""
+    model, batch = config.model, config.batch
+    if model.checkpoint_layers == "auto":
+        model = dataclasses.replace(model, checkpoint_layers=candidate.recomputed)
+    if batch.tokens_per_microbatch == "auto":
+        batch = dataclasses.replace(batch, tokens_per_microbatch=candidate.tokens)
+    return dataclasses.replace(config, model=model, batch=batch)
+
+
+def has_auto(config: SFTConfig) -> bool:
+    return "auto" in (config.model.checkpoint_layers, config.batch.tokens_per_microbatch)
 
 
 def resolve_auto(
     config: Config,
-    device: torch.device,
     longest: int,
     model_config: Any = None,
     free_bytes: int | None = None,
+    shards: int = 1,
 ) -> Config:
     """The config with `checkpoint_layers` and `tokens_per_microbatch` written out as numbers.
 
-    `longest`: tokens of the longest row, which a micro-batch must hold. On a GPU, with `free_bytes` (the least of all
-    ranks): the largest budget that needs no recomputation, since a smaller micro-batch costs less than recomputing; if
-    there is none, the smallest budget and as few recomputed layers as fit. Raises ValueError, with the numbers, if
-    nothing fits.
+    On the CPU (no `free_bytes`): no recomputation, and a budget that holds the longest row. On a GPU, with the least
+    free bytes of all ranks: the fastest candidate that fits by the estimate. Raises ValueError, with the numbers, if
+    none does, or if not even the longest row fits with numbers that are given.
     """
-    layers, tokens = config.model.checkpoint_layers, config.batch.tokens_per_microbatch
-    if layers == "auto" or tokens == "auto":
-        if device.type != "cuda" or free_bytes is None:
-            chosen = (0, max(longest, CPU_TOKENS))
-        else:
-            chosen = _fitting(config, model_config, longest, free_bytes)
-        layers = chosen[0] if layers == "auto" else layers
-        tokens = chosen[1] if tokens == "auto" else tokens
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, checkpoint_layers=layers),
-        batch=dataclasses.replace(config.batch, tokens_per_microbatch=tokens),
-    )
-
-
-def _fitting(config: SFTConfig, model_config: Any, longest: int, free_bytes: int) -> tuple[int, int]:
-    """(recomputed layers, tokens), of which the config may fix one."""
-    layers, tokens = config.model.checkpoint_layers, config.batch.tokens_per_microbatch
+    if free_bytes is None:
+        return with_candidate(config, Candidate(0, max(longest, CPU_TOKENS), _NOTHING))
     room = int(free_bytes * SHARE_OF_FREE)
-    budgets = [max(budget, longest) for budget in GPU_TOKENS] if tokens == "auto" else [tokens]
-    counts = list(range(model_config.num_hidden_layers + 1)) if layers == "auto" else [layers]
-    by_speed = [(counts[0], budget) for budget in budgets] + [(count, budgets[-1]) for count in counts[1:]]
-    for count, budget in by_speed:
-        if estimate_memory(config, model_config, budget, count).total <= room:
-            return count, budget
-    least = estimate_memory(config, model_config, budgets[-1], counts[-1])
-    gib = {name: f"{value / 2**30:.1f}" for name, value in dataclasses.asdict(least).items()}
-    raise ValueError(
-        f"model.path: {config.model.path} does not fit: {least.total / 2**30:.1f} GiB at {budgets[-1]} tokens with "
-        f"{counts[-1]} layers recomputed (weights {gib['weights']}, training {gib['training']}, activations "
-        f"{gib['activations']}, working {gib['working']}), {room / 2**30:.1f} GiB are free; use quantization nf4, a "
-        "smaller lora.r, data.max_length or model.head_chunk"
+    if not has_auto(config):
+        # The longest row is what no micro-batch can do without; the budget itself may never be filled.
+        layers = min(recomputed_layers(config), model_config.num_hidden_layers)
+        estimate = estimate_memory(config, model_config, longest, layers, shards)
+        if estimate.total > free_bytes * (1 + ESTIMATE_ERROR):
+            raise ValueError(does_not_fit(config, Candidate(layers, longest, estimate), free_bytes))
+        return config
+    possible = candidates(config, model_config, longest, shards)
+    for candidate in possible:
+        if candidate.estimate.total <= room:
+            return with_candidate(config, candidate)
+    raise ValueError(does_not_fit(config, min(possible, key=lambda one: one.estimate.total), room))
+
+
+_NOTHING = Estimate(**dict.fromkeys([field.name for field in dataclasses.fields(Estimate)], 0))
+
+
+def does_not_fit(config: SFTConfig, least: Candidate, room: int) -> str:
+    """The refusal, with the numbers of the least that is needed."""
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.estimate.components.items() if size)
+    if not config.lora.enabled:
+        remedy = "more GPUs under configs/accelerate/fsdp2.yaml, lora.enabled true, or optim.name adamw_8bit"
+    elif config.model.quantization == "nf4":
+        remedy = "a smaller lora.r, data.max_length or model.head_chunk, optim.name adamw_8bit, or a smaller model"
+    else:
+        remedy = "model.quantization nf4, more GPUs under configs/accelerate/fsdp2.yaml, or a smaller data.max_length"
+    return (
+        f"model.path: {config.model.path} does not fit: {least.estimate.total / GIB:.1f} GiB a GPU at {least.tokens} "
+        f"tokens with {least.recomputed} layers recomputed ({parts}), and {room / GIB:.1f} GiB are free; use {remedy}"
     )
 
 
@@ -123,3 +313,9 @@ def microbatch_tokens(config: SFTConfig) -> int:
     """The token budget of a config without autos."""
     assert config.batch.tokens_per_microbatch != "auto", "resolve_auto comes first"
     return config.batch.tokens_per_microbatch
+
+
+def recomputed_layers(config: SFTConfig) -> int:
+    """The number of recomputed layers of a config without autos."""
+    assert config.model.checkpoint_layers != "auto", "resolve_auto comes first"
+    return config.model.checkpoint_layers

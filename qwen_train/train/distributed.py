@@ -141,6 +141,14 @@ class Run:
             return None
         return int(-self.maximum(-torch.cuda.mem_get_info(self.device)[0]))
 
+    @property
+    def shards(self) -> int:
+        """GPUs over which FSDP2 spreads the weights (HSDP: those of one replica); 1: each has them all."""
+        if not self.sharded:
+            return 1
+        parallelism = self.accelerator.parallelism_config
+        return self.world_size if parallelism is None else int(parallelism.dp_shard_size)
+
     def maximum(self, value: float) -> float:
         if self.world_size == 1:
             return value
