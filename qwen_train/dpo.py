@@ -121,8 +121,8 @@ def train(config: DPOConfig, run: Run) -> None:
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
-    ref_logps = reference.of_data(run, data, collate, lengths)
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
+    ref_logps = reference.of_data(run, data, collate, lengths)
     if held_out:
         eval_ref_logps = reference.of_data(run, eval_data, held_out.collate, held_out.lengths)
         ref_answers = sample_reference(run, reference, held_out, tokenizer)
@@ -167,7 +167,6 @@ def train(config: DPOConfig, run: Run) -> None:
             evaluate()
 
         # -- the loop -------------------------------------------------------------------------------------------------
-        steps = range(progress.step, total_steps)
         guard = Guard(run, folder.path, config.optim, data, stream, progress, optimizer, metrics)
 
         def score(batch: Batch) -> tuple[Pairs, Tensor]:
@@ -189,6 +188,7 @@ def train(config: DPOConfig, run: Run) -> None:
             """Loss of each pair, to tell which ones a sick step is sick of."""
             return score(batch)[1]
 
+        steps = range(progress.step, total_steps)
         for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
             lr = learning_rate(config.optim, step, total_steps)
             set_learning_rate(optimizer, lr)
@@ -214,8 +214,8 @@ def train(config: DPOConfig, run: Run) -> None:
                     "train/epoch": microbatches.epoch,
                     "train/num_tokens": progress.num_tokens,
                     "train/skipped_steps": progress.skipped,
-                }
                     "train/oom_retries": progress.oom_retries,
+                }
                 metrics.log(progress.step, values | throughput.read())
             if last or due(progress.step, config.run.eval_every):
                 with contextlib.suppress(Interrupted):  # saved first; the resumed run begins with this evaluation

@@ -78,8 +78,8 @@ def train(config: SFTConfig, run: Run) -> None:
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
-    flops = functools.partial(
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
+    flops = functools.partial(
         flops_per_token,
         model.lm.config,
         lora_parameters=num_trainable(model),
@@ -116,7 +116,6 @@ def train(config: SFTConfig, run: Run) -> None:
                 nll = -(scores.logps * batch.weights).sum() / microbatches.total_weight  # of the global step
                 run.backward(nll * run.world_size)
                 sums += torch.stack([nll.detach(), scores.is_argmax.sum(), torch.ones_like(batch.targets).sum()])
-            grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
             return sums
 
         def row_losses(batch: Batch) -> Tensor:
@@ -130,6 +129,7 @@ def train(config: SFTConfig, run: Run) -> None:
             set_learning_rate(optimizer, lr)
             sums = guard.accumulate(gradients, microbatches, step)  # anew in smaller ones if memory runs out
             run.average_gradients(model)
+            grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
             loss, correct, tokens = run.sum(sums)
             if guard.accepts(step, loss, grad_norm, row_losses):  # the same numbers on every rank: all of them agree
                 optimizer.step()
@@ -149,8 +149,8 @@ def train(config: SFTConfig, run: Run) -> None:
                     "train/num_tokens": progress.num_tokens,
                     "train/mean_token_accuracy": correct / tokens,
                     "train/skipped_steps": progress.skipped,
-                }
                     "train/oom_retries": progress.oom_retries,
+                }
                 metrics.log(progress.step, values | throughput.read())
             if last or due(progress.step, config.run.eval_every):
                 with contextlib.suppress(Interrupted):  # saved first; the resumed run begins with this evaluation
