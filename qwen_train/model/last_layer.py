@@ -16,10 +16,10 @@ def keep_supervised_rows(layer: nn.Module) -> None:
     Without it (sampling) the layer stays as it is. The forward of the instance is set, not its class: FSDP2 finds
     decoder layers by the name of their class.
     """
-    layer.forward = MethodType(_forward, layer)
+    layer.forward = MethodType(forward, layer)
 
 
-def _forward(layer: Any, hidden_states: Tensor, packed_rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+def forward(layer: Any, hidden_states: Tensor, packed_rows: Tensor | None = None, **kwargs: Any) -> Tensor:
     if packed_rows is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)

@@ -5,7 +5,11 @@
 `--model`: a folder with config.json and the tokenizer (weights are random); the JSONL files are any corpus.
 CASE is `name:key=value,...` over the defaults in CASES, such as `sft`, `sft:tokens=8192,checkpoint=28` or
 `dpo:quantization=fp8`. One JSON line a case: tokens (real ones) a second as the median over steps and over all time,
-pairs a second, peak memory, seconds to the first step, compiled graphs. Warm-up steps are left out.
+pairs a second, peak memory, seconds to the first step, compiled graphs, clock and power. Warm-up steps are left out.
+
+`off=rotary+head+...` takes parts out (OFF says which); `pad=8` pads micro-batches of 8 sequences to their longest, as a
+plain loop does; `share=False` repeats the prompt of a pair; `reference=precomputed` leaves DPO's second forward away.
+ladder.py runs many cases and a peer, and writes the table of docs/measured.md.
 """
 
 import argparse
@@ -15,7 +19,10 @@ import json
 import re
 import statistics
 import sys
+import threading
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +30,19 @@ import torch
 
 from qwen_train.config import BatchConfig, DataConfig, DPOConfig, LoraConfig, ModelConfig, OptimConfig, SFTConfig
 from qwen_train.data.chat import ChatOptions
-from qwen_train.data.stream import Stream, collate_conversations, collate_preferences, packed_lengths, prefetch
+from qwen_train.data.packing import Batch
+from qwen_train.data.stream import (
+    MicroBatches,
+    Stream,
+    collate_conversations,
+    collate_preferences,
+    packed_lengths,
+    prefetch,
+)
 from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
 from qwen_train.loss.preference import LossConfig, preference_loss
-from qwen_train.model.load import load_model, load_tokenizer
+from qwen_train.model import last_layer, load, logprobs, lora
+from qwen_train.model.load import PackedLM, load_model, load_tokenizer
 from qwen_train.train.distributed import Run
 from qwen_train.train.metrics import peak_memory_gib
 from qwen_train.train.optim import build_optimizer
@@ -47,9 +63,24 @@ DEFAULTS = {
     "attention": "auto",
     "reference": "online",
     "optim": "adamw",
+    "lr": 1e-5,
+    "off": "",
+    "pad": 0,
+    "share": True,
     "profile": False,
 }
 CASES = {"sft": {}, "dpo": {"rank": 32, "sequences": 48}}
+OFF = {
+    "lora": "PEFT's own forward of each adapter, transformers' own modules",
+    "feed_forward": "gate|up and down as two operations with the product of Inductor between them",
+    "rotary": "transformers' rotary embeddings and copies",
+    "norms": "transformers' RMSNorm",
+    "wide": "adapters of gate|up added by the product's kernel, not by a longer sum in its GEMM",
+    "rows": "the last layer's feed-forward at all positions",
+    "head": "the head's softmax by torch.compile",
+    "supervised": "the head at all positions",
+}
+ALL_FUSED = lora.FUSED
 
 
 def parse_case(text: str) -> dict:
@@ -79,29 +110,115 @@ def make_config(case: dict, args: argparse.Namespace) -> SFTConfig:
             train=args.sft if case["task"] == "sft" else args.dpo, max_length=2048, supervise=case["supervise"]
         ),
         "batch": BatchConfig(sequences_per_step=case["sequences"], tokens_per_microbatch=case["tokens"]),
-        "optim": OptimConfig(lr=1e-5, name=case["optim"]),
+        "optim": OptimConfig(lr=case["lr"], name=case["optim"]),
     }
     return SFTConfig(**sections) if case["task"] == "sft" else DPOConfig(**sections)
 
 
-def make_stream(config: SFTConfig, tokenizer, case: dict) -> Stream:
-    tokenize = tokenize_conversations if case["task"] == "sft" else tokenize_preferences
-    data = tokenize(config.data.train, tokenizer=tokenizer, options=ChatOptions.from_config(config.data), workers=8)
+@cache
+def tokenized(path: str, task: str, supervise: str, model: str):
+    config = DataConfig(train=path, max_length=2048, supervise=supervise)
+    tokenize = tokenize_conversations if task == "sft" else tokenize_preferences
+    tokenizer = load_tokenizer(ModelConfig(path=model))
+    return tokenize(path, tokenizer=tokenizer, options=ChatOptions.from_config(config), workers=8)
+
+
+def make_stream(config: SFTConfig, case: dict) -> Stream:
+    data = tokenized(config.data.train, case["task"], case["supervise"], config.model.path)
     pairs = case["task"] == "dpo"
-    return Stream(
-        lengths=packed_lengths(data.dataset),
+    return (PaddedStream if case["pad"] else Stream)(
+        lengths=packed_lengths(data.dataset, case["share"]),
         total_weights=np.ones(len(data)) if pairs else data.column("total_weight"),
-        collate=collate_preferences(data.dataset, True) if pairs else collate_conversations(data.dataset),
+        collate=collate_preferences(data.dataset, case["share"]) if pairs else collate_conversations(data.dataset),
         sequences_per_step=config.batch.sequences_per_step,
-        tokens_per_microbatch=config.batch.tokens_per_microbatch,
+        tokens_per_microbatch=case["pad"] or config.batch.tokens_per_microbatch,
         seed=config.run.seed,
     )
 
 
+class PaddedStream(Stream):
+    """Micro-batches of a fixed number of sequences in the stream's order, each padded to its longest."""
+
+    def __init__(self, *, tokens_per_microbatch: int, **rest) -> None:
+        super().__init__(tokens_per_microbatch=1 << 30, **rest)
+        self.width = tokens_per_microbatch
+
+    def __getitem__(self, step: int) -> MicroBatches:
+        whole = super().__getitem__(step)
+        groups = [whole.rows[start : start + self.width] for start in range(0, len(whole.rows), self.width)]
+        return replace(whole, batches=[padded(self.collate(group)) for group in groups])
+
+
+def padded(batch: Batch) -> Batch:
+    starts = batch.cu_seqlens_q.long()
+    lengths = starts.diff()
+    width, count = int(lengths.max()), len(lengths)
+    sequence = torch.repeat_interleave(torch.arange(count), lengths)
+    place = sequence * width + torch.arange(len(sequence)) - starts[sequence]
+    bounds = torch.arange(count + 1, dtype=torch.int32) * width
+    return replace(
+        batch,
+        input_ids=torch.zeros(count * width, dtype=torch.int64).index_copy(0, place, batch.input_ids),
+        position_ids=torch.arange(width).repeat(count),
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_q=width,
+        max_k=width,
+        target_positions=place[batch.target_positions],
+    )
+
+
+def take_out(off: set[str]) -> None:
+    """Switch parts of the model off, and the others on again."""
+    assert off <= OFF.keys(), f"{off - OFF.keys()}: one of {', '.join(OFF)}"
+    lora.FUSED = ALL_FUSED - off
+    load.fuse_lora = lora.fuse_lora if "lora" not in off else lambda *_, **__: 0
+    load.fuse_norms = lora.fuse_norms if "lora" not in off else lambda *_: None
+    logprobs.ONE_KERNEL = "head" not in off
+    last_layer.forward = LAST_LAYER if "rows" not in off else whole_last_layer
+    PackedLM.forward = FORWARD if "supervised" not in off else forward_all_positions
+
+
+LAST_LAYER, FORWARD = last_layer.forward, PackedLM.forward
+
+
+def whole_last_layer(layer, hidden_states, packed_rows=None, **kwargs):
+    out = type(layer).forward(layer, hidden_states, **kwargs)
+    return out if packed_rows is None else out.index_select(1, packed_rows)
+
+
+def forward_all_positions(model: PackedLM, batch: Batch):
+    """Scores of every position (of token 0 where nothing is supervised), and of them the asked ones."""
+    everywhere = torch.arange(batch.num_tokens, device=batch.input_ids.device)
+    targets = torch.zeros_like(everywhere).index_copy(0, batch.target_positions, batch.targets)
+    scores = FORWARD(model, replace(batch, target_positions=everywhere, targets=targets))
+    return type(scores)(*(value.index_select(0, batch.target_positions) for value in scores))
+
+
+class Clocks(threading.Thread):
+    """Clock (MHz) and power (W) of the GPU while a case runs."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.samples: list[tuple[int, float]] = []
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.2):
+            self.samples.append((torch.cuda.clock_rate(), torch.cuda.power_draw() / 1000))
+
+    def means(self) -> dict[str, float]:
+        self.done.set()
+        self.join()
+        clocks, watts = zip(*self.samples, strict=True)
+        return {"clock_mhz": round(statistics.mean(clocks)), "watts": round(statistics.mean(watts))}
+
+
 def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
+    take_out(set(filter(None, case["off"].split("+"))))
     config = make_config(case, args)
     tokenizer = load_tokenizer(config.model)
-    stream = make_stream(config, tokenizer, case)
+    stream = make_stream(config, case)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = load_model(config, tokenizer, run.device, Path("/nonexistent"), is_main=False)
@@ -118,9 +235,12 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
     gc.collect()
     gc.freeze()
     marks: list[list[float]] = []
+    clocks = Clocks()
     start = before = time.perf_counter()
     for step, microbatches in prefetch(stream, range(case["steps"]), 4, pin_memory=True):
         waited.append(time.perf_counter() - before)
+        if cuda and step == case["warm"]:
+            clocks.start()
         total = 0.0
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)] if cuda else []
         if events:
@@ -129,8 +249,11 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
             if case["task"] == "sft":
                 loss = -(model(batch).logps * batch.weights).sum() / microbatches.total_weight
             else:
-                with torch.no_grad(), model.adapter_off():
-                    expected = model(batch).logps
+                if case["reference"] == "online" or step == 0:
+                    with torch.no_grad(), model.adapter_off():
+                        expected = model(batch).logps
+                else:  # looked up
+                    expected = torch.full_like(batch.weights, -12.0)
                 logps = model(batch).logps
                 if step == 0:
                     gap = max(gap, float((logps.detach() - expected).abs().mean()))
@@ -174,6 +297,7 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
         "step_ms": [round(1000 * seconds) for seconds in times],
         "forward_backward_clip_update_ms": [[round(ms, 1) for ms in mark] for mark in marks],
         "seconds": round(time.perf_counter() - start, 1),
+        **(clocks.means() if clocks.samples else {}),
     }
     if case["profile"] and cuda:
         _, microbatches = next(iter(prefetch(stream, range(1, 2), 0, pin_memory=True)))
@@ -182,8 +306,16 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
             for batch in run.accumulate(microbatches, 0):
                 run.backward(-(model(batch).logps * batch.weights).sum() / microbatches.total_weight)
             sync()
-        table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90)
-        (Path(args.out) / f"profile-{re.sub('[^a-z0-9]+', '-', args.label)}.txt").write_text(table)
+        kernels: dict[str, list[float]] = {}
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA and event.name != "Command Buffer Full":
+                kernels.setdefault(event.name, []).append(event.device_time)
+        rows = sorted(((sum(times), len(times), name) for name, times in kernels.items()), reverse=True)
+        lines = [f"{microbatches.num_tokens} tokens, kernels {sum(row[0] for row in rows) / 1000:.1f} ms"]
+        lines += [
+            f"{total / 1000:9.2f} ms {count:6d} x {total / count:9.1f} us  {name[:150]}" for total, count, name in rows
+        ]
+        (Path(args.out) / f"profile-{re.sub('[^a-z0-9]+', '-', args.label)}.txt").write_text("\n".join(lines[:90]))
     return result
 
 
