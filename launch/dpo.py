@@ -1,8 +1,11 @@
 """Direct preference optimisation: `accelerate launch launch/dpo.py [--config FILE.yaml] [--section.field value]`."""
 
-from qwen_train.config import DPOConfig
-from qwen_train.dpo import train
-from qwen_train.train.folder import run_script
+from qwen_train.config import DPOConfig, from_command_line
 
 if __name__ == "__main__":
-    run_script(DPOConfig, train)
+    config, warnings = from_command_line(DPOConfig)  # first: --help and mistakes need not wait for transformers
+
+    from qwen_train.dpo import train
+    from qwen_train.train.folder import run_script
+
+    run_script(config, warnings, train)

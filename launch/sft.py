@@ -1,8 +1,11 @@
 """Supervised fine-tuning: `accelerate launch launch/sft.py [--config FILE.yaml] [--section.field value ...]`."""
 
-from qwen_train.config import SFTConfig
-from qwen_train.sft import train
-from qwen_train.train.folder import run_script
+from qwen_train.config import SFTConfig, from_command_line
 
 if __name__ == "__main__":
-    run_script(SFTConfig, train)
+    config, warnings = from_command_line(SFTConfig)  # first: --help and mistakes need not wait for transformers
+
+    from qwen_train.sft import train
+    from qwen_train.train.folder import run_script
+
+    run_script(config, warnings, train)

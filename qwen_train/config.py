@@ -12,14 +12,16 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import sys
 import time
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
@@ -28,6 +30,7 @@ from qwen_train.loss.preference import LOSSES, LossConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DataPaths = str | list[str | dict[str, float]]
+EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
 TIMED_NAME = re.compile(r".+-\d{8}-\d{6}")  # a run.name that was made up from the time
 
 
@@ -420,8 +423,7 @@ def _idle_fields(config: SFTConfig) -> dict[str, str]:
     if config.optim.schedule == "constant":
         idle["optim.min_lr_ratio"] = "optim.schedule is constant"
     if not config.data.eval:
-        names = ["eval_every", "eval_samples", "eval_sample_tokens"]
-        idle |= dict.fromkeys([f"run.{name}" for name in names], "data.eval names no held-out data")
+        idle |= dict.fromkeys([f"run.{name}" for name in EVAL_FIELDS], "data.eval names no held-out data")
     elif config.run.eval_samples == 0:
         idle["run.eval_sample_tokens"] = "run.eval_samples is 0"
     if not config.data.eval or not isinstance(config, DPOConfig):
@@ -451,6 +453,26 @@ def build_parser(config_class: type[Config]) -> jsonargparse.ArgumentParser:
         if action.dest in _sections(config_class):
             action.help = argparse.SUPPRESS  # a file for one section: `load_config` knows whole files only
     return parser
+
+
+def from_command_line(config_class: type[Config]) -> tuple[Config, list[str]]:
+    """`load_config` of this process's command line; mistakes are printed and end the process with code 2."""
+    try:
+        return load_config(config_class, sys.argv[1:])
+    except ValueError as error:
+        refuse_alike(str(error))
+
+
+def refuse_alike(message: str) -> NoReturn:
+    """End with code 2 for what every process finds wrong; the first that a launcher has started says so."""
+    if os.environ.get("RANK", "0") == "0":
+        print_errors(message)
+    sys.exit(2)
+
+
+def print_errors(message: str) -> None:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool = True) -> tuple[Config, list[str]]:
@@ -484,8 +506,11 @@ def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool 
     notices: list[str] = []
     if files and files[0] == EMBEDDED[config_class]:
         config = _from_repository(config)
+        if files == [EMBEDDED[config_class]]:
+            config, notices = _without_tiny_eval(config, on_command_line)
         if by_default and config_class is DPOConfig and "model.adapter" not in on_command_line:
-            config, notices = _from_tiny_sft(config)
+            config, more = _from_tiny_sft(config)
+            notices += more
     if config.run.name is None:
         name = f"{files[-1].stem if files else stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
@@ -565,6 +590,20 @@ def _from_repository(config: Config) -> Config:
     paths = {name: absolute(getattr(config.data, name)) for name in ("train", "eval", "eval_sft")}
     data = dataclasses.replace(config.data, **paths)
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _without_tiny_eval(config: Config, on_command_line: set[str]) -> tuple[Config, list[str]]:
+    """Own training rows are not judged by the embedded default's held-out questions: the config, and a word on it."""
+    if "data.train" not in on_command_line:
+        return config, []
+    dropped: dict[str, Any] = {name: None for name in ("eval", "eval_sft") if f"data.{name}" not in on_command_line}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **dropped))
+    if "eval" not in dropped:
+        return config, []
+    unused = {name: getattr(RunConfig, name) for name in EVAL_FIELDS if f"run.{name}" not in on_command_line}
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, **unused))
+    notice = "data.eval: the tiny questions go with the tiny rows; without --data.eval FILE nothing is evaluated"
+    return config, [notice]
 
 
 def _from_tiny_sft(config: Config) -> tuple[Config, list[str]]:

@@ -44,6 +44,7 @@ from qwen_train.train.folder import due, open_run, record_config, restore, save,
 from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
+from qwen_train.train.preflight import preflight
 from qwen_train.train.reference import (
     Reference,
     audit_start,
@@ -61,6 +62,7 @@ def train(config: DPOConfig, run: Run) -> None:
     splits = {"data.train": config.data.train, "data.eval": config.data.eval, "data.eval_sft": config.data.eval_sft}
     find_sources(splits)  # before anything asks the hub
     config, notes = resolve_start(config)
+    preflight(config, run.sharded)
     tokenizer = load_tokenizer(config.model)
     shape = load_model_config(config.model)
     check_reference(config, tokenizer)

@@ -22,6 +22,7 @@ from qwen_train.train.folder import due, open_run, record_config, restore, save,
 from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
+from qwen_train.train.preflight import preflight
 from qwen_train.train.reference import sequence_sums
 from qwen_train.train.saver import Saver, require_room
 
@@ -30,6 +31,7 @@ def train(config: SFTConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
     find_sources({"data.train": config.data.train, "data.eval": config.data.eval})  # before anything asks the hub
     config, notes = resolve_start(config)
+    preflight(config, run.sharded)
     folder = run.from_main(lambda: open_run(config))
     run.note(f"run: {folder.path}", *notes, *folder.notes)
     if folder.finished:

@@ -8,6 +8,8 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +87,35 @@ def test_shipped_values():
         assert config.data.train == "data/train.jsonl"
     lora = by_name["sft_qwen2.5_7b_lora"].lora
     assert (lora.r, lora.scale_numerator, lora.target_modules) == (64, 128, "all-linear")
+
+
+SCRIPT = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--optim.lr=-1"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as leaving:
+    print(leaving.code, *sorted({"transformers", "accelerate", "peft", "datasets"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("script", ["launch/sft.py", "launch/dpo.py"])
+def test_mistakes_do_not_wait_for_imports(script: str):
+    """transformers and PEFT take five seconds; a typo is told at once."""
+    command = [sys.executable, "-c", SCRIPT, str(ROOT / script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "2\n" and done.stderr.startswith("error: optim.lr: must be > 0, got -1.0"), done.stderr
+
+
+def test_own_rows_on_the_embedded_default_are_not_judged_by_its_questions():
+    config, notes = load_config(SFTConfig, ["--data.train=mine.jsonl"])
+    assert config.data.eval is None and config.model.from_scratch
+    assert [note.split(":")[0] for note in notes] == ["data.eval"] and "--data.eval FILE" in notes[0]
+    config, notes = load_config(SFTConfig, ["--data.train=mine.jsonl", "--data.eval=held.jsonl"])
+    assert config.data.eval == "held.jsonl" and config.run.eval_every == load_config(SFTConfig, [])[0].run.eval_every
+    assert notes == [] and load_config(SFTConfig, [])[1] == []
+    config, _ = load_config(DPOConfig, ["--data.train=mine.jsonl", "--data.eval=held.jsonl"])
+    assert config.data.eval == "held.jsonl" and config.data.eval_sft is None
 
 
 def test_7b_inherits_nothing_from_tiny(tmp_path: Path):

@@ -452,6 +452,8 @@ def test_bad_rows_are_refused(tiny: Tiny, tmp_path: Path, case: str):
         (["--model.attention=flash"], ["model.attention", "flash"]),
         (["--lora.target_modules=[no_such_layer]"], ["lora.target_modules", "no_such_layer"]),
         (["--lora.target_modules=[lm_head]"], ["lora.target_modules", "lm_head"]),
+        (["--lora.target_modules=q_proj"], ["lora.target_modules", "write [q_proj]"]),
+        (["--model.path=./nowhere"], ["model.path: the folder ./nowhere does not exist"]),
         (["--run.resume=nowhere"], ["run.resume", "nowhere"]),
         (["--run.dir=/dev/null/runs"], ["run.dir", "/dev/null/runs"]),
         (["--data.cache_dir=/dev/null/cache"], ["data.cache_dir"]),

@@ -240,7 +240,7 @@ def _load_arrow(path: str) -> Any:
         return datasets.load_dataset(name, split=split or "train")
     except Exception as error:
         reason = _one_line(error)
-        raise ValueError(f"{path}: no such file, and the hub did not give it as a data set: {reason}") from error
+        raise ValueError(f"{path}: no such file, and no data set of the hub: {reason}; see to the name") from error
 
 
 def _one_line(error: BaseException) -> str:

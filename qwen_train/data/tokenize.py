@@ -395,7 +395,7 @@ def _build(
         with scratch_folder(folder) as work:
             raw = _RawRows(tuple(source.path for source in sources))
             if next(raw(), None) is None:
-                raise ValueError(_nothing_left(sources, "the files hold no row"))
+                raise ValueError(f"{', '.join(source.path for source in sources)}: no row in it; give a file with rows")
             table = formats.build_table(
                 raw,
                 RAW_COLUMNS,

@@ -213,7 +213,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers and transformers raise a dozen types for a damaged file
         raise ValueError(_unreadable("tokenizer", config.path, error)) from None
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -256,10 +256,10 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model_type: str) -> tuple
 def _unreadable(what: str, path: str, error: Exception) -> str:
     if "connect" in str(error):
         return (
-            f"model.path: the hub could not be reached for the {what} of {path}, and it is not in the local cache; "
-            "give a local folder, or with a cached model set HF_HUB_OFFLINE=1"
+            f"model.path: {path} is no folder here, the hub could not be reached for its {what}, and its cache has "
+            "none; give a local folder, or with a cached model set HF_HUB_OFFLINE=1"
         )
-    return f"model.path: no {what} in {path}: {_first_line(error)}; give a model's hub id or folder"
+    return f"model.path: no {what} in {path}: {_first_line(error).rstrip('.')}; give a model's hub id or folder"
 
 
 def _first_line(error: Exception) -> str:

@@ -334,8 +334,3 @@ def _asked_of_launcher() -> int:
         settings = yaml.safe_load(Path(values[options.index("__config_file") + 1]).read_text())
         return int(settings.get("num_processes", 1))
     return 1
-
-
-def env_is_main() -> bool:
-    """Whether this is rank 0, before any process group exists."""
-    return int(os.environ.get("RANK", 0)) == 0

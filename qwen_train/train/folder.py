@@ -19,7 +19,7 @@ import yaml
 from torch.optim import Optimizer
 from transformers.utils.logging import disable_progress_bar
 
-from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, load_config, to_yaml
+from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, print_errors, refuse_alike, to_yaml
 from qwen_train.model.load import PackedLM, load_trainable, trainable_parameters
 from qwen_train.train.checkpoint import (
     STEP_FOLDER,
@@ -31,7 +31,7 @@ from qwen_train.train.checkpoint import (
     require_same_result,
     verify,
 )
-from qwen_train.train.distributed import START_INTERRUPTED, Interrupted, Run, env_is_main
+from qwen_train.train.distributed import START_INTERRUPTED, Interrupted, Run
 from qwen_train.train.files import (
     clean_leftovers,
     delete_folder,
@@ -338,8 +338,8 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
 # The frame of a script
 
 
-def run_script(config_class: type[Config], train: Callable[[Config, Run], None]) -> None:
-    """Parse the command line, train, and report how it ended: exit code and `status.json`.
+def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run], None]) -> None:
+    """Train, and report how it ended: exit code and `status.json`. `warnings` are about the config.
 
     0 finished; 2 refused, a mistake of the user's or a disk that does not play along, in lines without a traceback;
     128 + signal interrupted and saved; anything else is raised, as it is ours to mend. A run that is refused before it
@@ -347,11 +347,9 @@ def run_script(config_class: type[Config], train: Callable[[Config, Run], None])
     """
     disable_progress_bar()  # transformers' own, of loading weights
     try:
-        config, warnings = load_config(config_class, sys.argv[1:])
         run = Run(config.run.seed, config.run.deterministic)
     except ValueError as error:
-        _complain(str(error))
-        sys.exit(2)
+        refuse_alike(str(error))
     assert config.run.name is not None
     folder = Path(config.run.dir) / config.run.name
     if run.is_main:
@@ -390,7 +388,7 @@ def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> NoReturn:
         # Most often rank 0 has met the same and says so, and this process is ended meanwhile.
         time.sleep(2)
         reason = "\n".join(f"rank {run.rank}: {line}" for line in reason.splitlines())
-    _print_error(reason)
+    print_errors(reason)
     sys.exit(2)
 
 
@@ -400,7 +398,7 @@ def _report(run: Run, folder: Path, outcome: str, reason: str) -> None:
         try:
             write_status(folder, outcome, reason, step=_saved_step(folder))
         except OSError as error:  # the disk is full, say: the way out goes on
-            _print_error(f"{folder / 'status.json'}: not written, {error.strerror}")
+            print_errors(f"{folder / 'status.json'}: not written, {error.strerror}")
 
 
 def _how_to_go_on(name: str) -> str:
@@ -437,13 +435,3 @@ def _memory_problem(error: torch.OutOfMemoryError) -> str:
         f"batch.tokens_per_microbatch: out of memory outside of a step's micro-batches ({what}); lower it, "
         "run.eval_samples or data.max_length, or use model.quantization nf4 or FSDP2"
     )
-
-
-def _complain(message: str) -> None:
-    if env_is_main():
-        _print_error(message)
-
-
-def _print_error(message: str) -> None:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)

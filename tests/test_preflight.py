@@ -1,0 +1,136 @@
+"""Refusals before any data is read: packages that are missing, folders that are no model, targets of LoRA."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen_train.config import DPOConfig, SFTConfig, load_config
+from qwen_train.train.preflight import preflight
+from tests.scripts import TINY, ScriptRunner
+
+
+def config(*words: str, kind: type[SFTConfig] = SFTConfig) -> SFTConfig:
+    return load_config(kind, [f"--{word}" for word in words])[0]
+
+
+def test_the_embedded_defaults_pass():
+    preflight(config(), sharded=False)
+    preflight(config(kind=DPOConfig), sharded=True)
+
+
+# ---- packages ----
+
+
+@pytest.mark.parametrize("words", [("optim.name=adamw_8bit",), ("model.quantization=nf4", "model.dtype=bfloat16")])
+def test_bitsandbytes_is_missed_before_any_data(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    preflight(config(*words), sharded=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # hidden: an import of it fails
+    with pytest.raises(ValueError, match=rf"^{words[0].replace('=', ': ')} needs bitsandbytes, .*; pip install bitsa"):
+        preflight(config(*words), sharded=False)
+    preflight(config(), sharded=False)  # who does not ask for it needs no bitsandbytes
+
+
+@pytest.mark.launch
+def test_the_script_says_what_to_install(scripts: ScriptRunner, tmp_path: Path):
+    given = (f"--run.dir={tmp_path}", f"--data.cache_dir={tmp_path / 'cache'}", "--optim.name=adamw_8bit")
+    hidden = "import sys; sys.modules['bitsandbytes'] = None"
+    result = scripts.run(tmp_path / "out.txt", "launch/sft.py", *given, prelude=hidden)
+    assert result.code == 2 and len(result.lines) == 1, result.output
+    assert result.lines[0].startswith("error: optim.name: adamw_8bit needs bitsandbytes")
+    assert not (tmp_path / "tiny-sft").exists() and not (tmp_path / "cache/tokens").exists()
+
+
+def test_8_bits_are_refused_under_fsdp2():
+    with pytest.raises(ValueError, match=r"^optim.name: adamw_8bit fails on the shards of FSDP2"):
+        preflight(config("optim.name=adamw_8bit"), sharded=True)
+
+
+# ---- model folders ----
+
+
+def a_model(folder: Path, **files: str | None) -> Path:
+    shutil.copytree(TINY / "model", folder)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content or "")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config__json": '{"a'}, r"config.json cannot be read: .*line 1.*; copy the model's file again"),
+        ({"config__json": "[]"}, r"config.json holds a list and not an object"),
+        ({"config__json": "{}"}, r"no model config in .*model_type"),
+        ({"config__json": '{"model_type": "llama"}'}, r"is a llama model; this project trains"),
+        ({"tokenizer__json": ""}, r"tokenizer.json cannot be read"),
+        ({}, r"no weights \(model.safetensors\) in .*; check the path, or set model.from_scratch"),
+        ({"pytorch_model__bin": ""}, r"has its weights as pytorch_model.bin, a pickle, .* not opened here"),
+        ({"pytorch_model__bin__index__json": "{}"}, r"has its weights as pytorch_model.bin, a pickle"),
+    ],
+)
+def test_folders_that_are_no_model(tmp_path: Path, files: dict[str, str], message: str):
+    folder = a_model(tmp_path / "model", **files)
+    with pytest.raises(ValueError, match=f"^model.path: .*{message}") as refused:
+        preflight(config(f"model.path={folder}", "model.from_scratch=false"), sharded=False)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_weights_are_looked_for_by_name_only(tmp_path: Path, name: str):
+    folder = a_model(tmp_path / "model")
+    (folder / name).touch()
+    preflight(config(f"model.path={folder}", "model.from_scratch=false"), sharded=False)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c", "{file}"])
+def test_paths_that_are_no_folder(tmp_path: Path, path: str):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match=r"^model.path: .*(does not exist|is a file); give "):
+        preflight(config(f"model.path={path.format(file=file)}"), sharded=False)
+
+
+def test_the_other_model_of_dpo_too(tmp_path: Path):
+    folder = a_model(tmp_path / "model", pytorch_model__bin="")
+    words = ("reference.source=model", f"reference.path={folder}")
+    with pytest.raises(ValueError, match=r"^reference.path: .*a pickle"):
+        preflight(config(*words, kind=DPOConfig), sharded=False)
+
+
+# ---- targets of LoRA ----
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, down_proj]", ".*[qv]_proj", "[layers.0.mlp.up_proj]"])
+def test_targets_that_there_are(targets: str):
+    preflight(config(f"lora.target_modules={targets}"), sharded=False)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("[q_proj, nope]", "nope is the name of no layer of .*; there are down_proj, gate_proj, .* or say all-linear"),
+        ("q_proj", r"q_proj is the name of no layer of .*; write \[q_proj\]"),
+        ("[norm]", "norm also means model.norm, a Qwen2RMSNorm that carries no adapter; name some of down_proj"),
+        ("[mlp]", "mlp also means model.layers.0.mlp, a Qwen2MLP"),
+        (".*_head", r"\.\*_head also means lm_head, a Linear"),
+        ("*_proj", r"\*_proj is no pattern \(.*\); give names as \[q_proj, v_proj\]"),
+    ],
+)
+def test_targets_that_there_are_not(targets: str, message: str):
+    with pytest.raises(ValueError, match=f"^lora.target_modules: {message}"):
+        preflight(config(f"lora.target_modules={targets}"), sharded=False)
+
+
+def test_targets_are_looked_at_without_memory(tmp_path: Path):
+    """The shape of a 72B: its weights would be 145 GB."""
+    shape = json.loads((TINY / "model/config.json").read_text())
+    shape |= {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
+    folder = a_model(tmp_path / "model", config__json=json.dumps(shape | {"num_hidden_layers": 80}))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^lora.target_modules: nope"):
+        preflight(config(f"model.path={folder}", "lora.target_modules=[nope]"), sharded=False)
+    assert time.monotonic() - start < 20
