@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
+from qwen_train.train.blocks import BlockReader
 from qwen_train.train.files import (
     FileEntry,
     clean_leftovers,
@@ -45,9 +45,11 @@ __all__ = [
     "find_checkpoint",
     "finish_save",
     "load_checkpoint",
+    "open_checkpoint",
     "require_free_space",
     "require_same_result",
     "save_checkpoint",
+    "save_error",
     "saving",
     "verify",
     "write_json_atomic",
@@ -86,6 +88,16 @@ def save_checkpoint(
         return finish_save(temporary, step, entries, state, keep)
 
 
+def save_error(final: Path, error: OSError) -> SaveError:
+    """What is said when the disk refuses the checkpoint `final`."""
+    failure = SaveError(
+        f"{final}: checkpoint not saved, {error.strerror or error}; earlier checkpoints are untouched: free some "
+        "space or point run.dir at another disk, then start again with run.resume=auto"
+    )
+    failure.errno = error.errno
+    return failure
+
+
 @contextlib.contextmanager
 def saving(folder: Path, step: int, needed_bytes: int = 0) -> Iterator[Path]:
     """The temporary folder of one save; removed unless `finish_save` renames it. A refusing disk raises SaveError."""
@@ -99,12 +111,7 @@ def saving(folder: Path, step: int, needed_bytes: int = 0) -> Iterator[Path]:
         temporary = stage_folder(final)
         yield temporary
     except OSError as error:
-        failure = SaveError(
-            f"{final}: checkpoint not saved, {error.strerror or error}; earlier checkpoints are untouched: free some "
-            "space or point run.dir at another disk, then start again with run.resume=auto"
-        )
-        failure.errno = error.errno
-        raise failure from error
+        raise save_error(final, error) from error
     finally:
         if temporary is not None and temporary.exists():
             try:
@@ -188,12 +195,18 @@ def load_checkpoint(path: Path, check: bool = True) -> tuple[dict[str, dict[str,
     """
     if check:
         verify(path)
+    reader, state = open_checkpoint(path)
+    return {stem: {name: reader.read(stem, name) for name in reader.names(stem)} for stem in reader.stems()}, state
+
+
+def open_checkpoint(path: Path) -> tuple[BlockReader, dict[str, Any]]:
+    """The same for reading tensors one by one, whole or a part of them; nothing is checked."""
     files = _read_manifest(path)["files"]
     strangers = sorted(child.name for child in path.iterdir() if child.name not in files and child.name != MANIFEST)
     if strangers:
         logger.warning("%s: not of this checkpoint and left closed: %s", path, ", ".join(strangers))
-    tensors = {Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")}
-    return tensors, json.loads((path / STATE).read_bytes())
+    reader = BlockReader(path, [name for name in files if name.endswith(".safetensors")])
+    return reader, json.loads((path / STATE).read_bytes())
 
 
 def _step_folders(folder: Path) -> list[Path]:

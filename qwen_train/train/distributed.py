@@ -6,8 +6,10 @@ normalisation and the learning rate belong to the loops.
 
 import ctypes
 import datetime
+import errno
 import functools
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -23,9 +25,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from qwen_train.train.sharding import fill, gather, judge_settings, shard
+from qwen_train.train.blocks import Shard
+from qwen_train.train.sharding import check_shardable, fill, gather, judge_settings, own_shard, shard
 
 if TYPE_CHECKING:
+    from qwen_train.config import SFTConfig
     from qwen_train.data.packing import Batch
     from qwen_train.data.stream import MicroBatches
     from qwen_train.model.load import PackedLM
@@ -83,7 +87,7 @@ class Run:
         self.is_main = self.rank == 0
         self.device = self.accelerator.device
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        self.notes = judge_settings(self.accelerator)
+        self._notes = judge_settings(self.accelerator)
         self.seed = seed
         self._preparations = 0
         if asked != self.world_size:
@@ -91,6 +95,12 @@ class Run:
                 f"accelerate: {asked} processes were asked for and {self.world_size} started; on the CPU use "
                 "configs/accelerate/ddp_cpu.yaml"
             )
+
+    def check(self, config: "SFTConfig") -> None:
+        """Refuse (ValueError) what cannot be sharded; say what of accelerate's settings is not followed."""
+        if self.sharded:
+            check_shardable(config)
+        self.note(*self._notes)
 
     def note(self, *messages: str) -> None:
         """Print messages on rank 0."""
@@ -196,6 +206,20 @@ class Run:
             time.sleep(0.1)
         return function()
 
+    def post(self, name: str, value: Any) -> None:
+        """Leave a JSON value for the other ranks. No collective: from any thread, and without waiting."""
+        dist.distributed_c10d._get_default_store().set(f"qwen_train/{name}", json.dumps(value))
+
+    def posted(self, name: str) -> Any:
+        """What some rank posts under `name`, as soon as it is there. Raises TimeoutError after `TIMEOUT`."""
+        store = dist.distributed_c10d._get_default_store()
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
+        while not store.check([f"qwen_train/{name}"]):
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"no word from another rank in {TIMEOUT} ({name})")
+            time.sleep(0.02)
+        return json.loads(store.get(f"qwen_train/{name}"))
+
     # -- gradients ------------------------------------------------------------------------------------------------
 
     def prepare(self, model: "PackedLM") -> "PackedLM":
@@ -261,6 +285,10 @@ class Run:
     def gather_shards(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor that FSDP2 may have sharded, on every rank."""
         return gather(tensor)
+
+    def own_shard(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Shard:
+        """What this rank writes of sharded tensors, by file stem and name."""
+        return own_shard(tensors, self.is_main)
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, on rank 0; those that FSDP2 has sharded are gathered one by one into its CPU memory."""

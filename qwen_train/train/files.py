@@ -98,14 +98,15 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def tensor_pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+def tensor_pieces(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time: never a second copy of all of them in memory.
 
-    Tensors of any device, layout and of the dtypes of `SAFETENSORS_NAMES`; larger element sizes come first, which keeps
-    every tensor aligned. Format: https://github.com/huggingface/safetensors#format (read back by the library itself).
+    `metadata`: texts for its header. Tensors of any device, layout and of the dtypes of `SAFETENSORS_NAMES`; larger
+    element sizes come first, which keeps every tensor aligned. Format:
+    https://github.com/huggingface/safetensors#format (read back by the library itself).
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in order:
         tensor = tensors[name]

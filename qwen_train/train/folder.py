@@ -9,13 +9,14 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
 import yaml
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,7 +28,7 @@ from qwen_train.train.checkpoint import (
     SaveError,
     config_changes,
     find_checkpoint,
-    load_checkpoint,
+    open_checkpoint,
     require_same_result,
     verify,
 )
@@ -42,7 +43,7 @@ from qwen_train.train.files import (
 from qwen_train.train.metrics import this_process, write_status
 from qwen_train.train.optim import load_optimizer_state, optimizer_state
 from qwen_train.train.saver import Saver
-from qwen_train.train.sharding import shards_of
+from qwen_train.train.sharding import read_like
 
 logger = logging.getLogger(__name__)
 
@@ -291,18 +292,23 @@ def save(
 ) -> None:
     """Begin a checkpoint of trained weights, optimizer state and progress; the loop waits for a copy of them alone.
 
-    All ranks call it; rank 0 writes, after `first()`.
+    All ranks call it; rank 0 writes, after `first()`. Of a model that is trained in full under FSDP2 each writes its
+    own share.
     """
     parameters = trainable_parameters(model)
-    tensors = {
-        "model": run.whole(parameters),
-        "optimizer": run.whole(optimizer_state(optimizer, parameters.items())),
-    }
     state = {"run_id": folder.run_id, "world_size": run.world_size, "config": as_dict(config), **asdict(progress)}
     if folder.history:
         state["history"] = folder.history
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "model": parameters,
+        "optimizer": optimizer_state(optimizer, parameters.items()),
+    }
+    if run.sharded and not config.lora.enabled:
+        saver.save_shard(progress.step, run.own_shard(tensors), state, run, first)
+        return
+    whole = {stem: run.whole(flat) for stem, flat in tensors.items()}
     if run.is_main:
-        saver.save(progress.step, tensors, state, first)
+        saver.save(progress.step, whole, state, first)
 
 
 def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str) -> Progress:
@@ -313,7 +319,7 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
     """
     if folder.checkpoint is None:
         return Progress(data=data)
-    tensors, state = load_checkpoint(folder.checkpoint, check=False)
+    reader, state = open_checkpoint(folder.checkpoint)
     if state["data"] != data:
         changed = (
             f"{folder.checkpoint}: the data are no longer those of the run: files of data.train, the tokenizer, its "
@@ -326,8 +332,11 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
             )
         logger.warning("%s (run.accept_changes: going on)", changed)
     parameters = trainable_parameters(model)
-    load_trainable(model, shards_of(tensors["model"], parameters))
-    load_optimizer_state(optimizer, parameters.items(), shards_of(tensors["optimizer"], parameters))
+    weights = {name: read_like(reader, "model", name, parameters.get(name)) for name in reader.names("model")}
+    load_trainable(model, weights)
+    entries = {name: parameters.get(name.rpartition("/")[0]) for name in reader.names("optimizer")}
+    values = {name: read_like(reader, "optimizer", name, like) for name, like in entries.items()}
+    load_optimizer_state(optimizer, parameters.items(), values)
     progress = Progress(**{**{known.name: state[known.name] for known in fields(Progress)}, "data": data})
     if state["config"]["batch"]["tokens_per_microbatch"] != folder.config.batch.tokens_per_microbatch:
         progress.tokens_per_microbatch = None  # a number that is given anew counts

@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from qwen_train.config import SFTConfig
 from qwen_train.model.load import PackedLM, trainable_parameters
-from qwen_train.train.checkpoint import require_free_space, save_checkpoint
-from qwen_train.train.distributed import Interrupted
+from qwen_train.train.blocks import Shard, write_blocks
+from qwen_train.train.checkpoint import finish_save, require_free_space, save_checkpoint, save_error, saving
+from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.files import FileEntry
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class Saver:
         self._copies: dict[str, dict[str, Tensor]] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._count = 0
 
     def __enter__(self) -> "Saver":
         return self
@@ -80,6 +84,35 @@ class Saver:
         else:
             write()
 
+    def save_shard(
+        self, step: int, shard: Shard, state: dict[str, Any], run: Run, first: Callable[[], None] | None = None
+    ) -> None:
+        """`save` on every rank of a sharded run: each writes its own files, rank 0 the rest (see `write_shard`)."""
+        self.wait()
+        self._count += 1
+        meeting = f"save-{self._count}"
+        tensors = {stem: {name: block.tensor for name, block in flat.items()} for stem, flat in shard.blocks.items()}
+        copy = _fits(tensors)
+        if copy:
+            self._copies, ready = copied(tensors, self._copies)
+            blocks = {
+                stem: {name: replace(block, tensor=self._copies[stem][name]) for name, block in flat.items()}
+                for stem, flat in shard.blocks.items()
+            }
+            shard = replace(shard, blocks=blocks)
+
+        def write() -> None:
+            if first is not None:
+                first()
+            if copy:
+                ready()
+            write_shard(self.folder, step, shard, state, self.keep, run, meeting)
+
+        if copy:
+            self._start(write)
+        else:
+            write()
+
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
@@ -103,6 +136,56 @@ class Saver:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+
+def write_shard(
+    folder: Path, step: int, shard: Shard, state: dict[str, Any], keep: int, run: Run, meeting: str
+) -> None:
+    """One rank's part in a save: rank 0 makes the folder and, when all have written, the manifest and the name.
+
+    The ranks talk by `run.post` under names that begin with `meeting`, one for each save: collectives belong to the
+    loop's thread. Raises SaveError on a rank whose disk refuses, and on rank 0 whichever it was.
+    """
+    if run.is_main:
+        begun = False
+        try:
+            with saving(folder, step, shard.total_bytes) as temporary:
+                run.post(f"{meeting}/folder", temporary.name)
+                begun = True
+                entries, error = _write_files(temporary, shard)
+                for rank in range(1, run.world_size):
+                    others, problem = run.posted(f"{meeting}/{rank}")
+                    entries |= others
+                    if problem is not None and error is None:
+                        error = OSError(problem[0], f"rank {rank}: {problem[1]}")
+                if error is not None:
+                    raise error
+                finish_save(temporary, step, entries, state, keep)
+        finally:
+            if not begun:
+                run.post(f"{meeting}/folder", None)
+            run.post(f"{meeting}/end", None)
+        return
+    name = run.posted(f"{meeting}/folder")
+    if name is None:  # rank 0 has met a problem, and says so
+        return
+    entries, error = _write_files(folder / name, shard)
+    run.post(f"{meeting}/{run.rank}", (entries, error and (error.errno, error.strerror or str(error))))
+    run.posted(f"{meeting}/end")
+    if error is not None:
+        raise save_error(folder / f"step-{step:06d}", error)
+
+
+def _write_files(folder: Path, shard: Shard) -> tuple[dict[str, FileEntry], OSError | None]:
+    """Write this rank's files; the manifest's entries for them, and what the disk had against it."""
+    entries: dict[str, FileEntry] = {}
+    try:
+        for stem, blocks in shard.blocks.items():
+            if blocks:
+                entries[shard.file_name(stem)] = write_blocks(folder / shard.file_name(stem), blocks)
+    except OSError as error:
+        return entries, error
+    return entries, None
 
 
 def _fits(tensors: dict[str, dict[str, Tensor]]) -> bool:

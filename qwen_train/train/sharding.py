@@ -18,8 +18,12 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from qwen_train.train.blocks import Block, BlockReader, Shard
 
 if TYPE_CHECKING:
+    from qwen_train.config import SFTConfig
     from qwen_train.model.load import PackedLM
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
@@ -68,6 +72,24 @@ def _judge_fsdp(plugin: Any) -> list[str]:
     return []
 
 
+def check_shardable(config: "SFTConfig") -> None:
+    """Refuse (ValueError) what FSDP2 would corrupt or cannot hold."""
+    if config.model.quantization != "none":
+        reason = {
+            "nf4": "its all-gather casts the packed bytes, which changes NaN patterns among them, in silence",
+            "fp8": "its two packed copies with their scales are no parameters",
+        }[config.model.quantization]
+        raise ValueError(
+            f"model.quantization: {config.model.quantization} weights cannot be sharded by FSDP2 ({reason}); use "
+            "configs/accelerate/ddp.yaml, where every GPU holds them, or quantization none"
+        )
+    if config.optim.name == "adamw_8bit":
+        raise ValueError(
+            "optim.name: adamw_8bit cannot hold the state of sharded parameters; use adamw, or "
+            "configs/accelerate/ddp.yaml"
+        )
+
+
 def shard(accelerator: Accelerator, model: "PackedLM") -> None:
     """Wrap each decoder layer and the model itself by FSDP2, in place; parameters on the meta device stay there.
 
@@ -107,15 +129,45 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def shards_of(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's shards of whole tensors that belong to parameters: values by name, or `name/entry` of their state."""
-    return {
-        name: shard_like(tensor, like)
-        if (like := parameters.get(name, parameters.get(name.rpartition("/")[0]))) is not None
-        and tensor.shape == like.shape
-        else tensor
-        for name, tensor in tensors.items()
-    }
+def own_shard(tensors: Mapping[str, Mapping[str, Tensor]], is_main: bool) -> Shard:
+    """What this rank writes of tensors (file stem -> name): of the first replica its shards; rank 0 also whole ones."""
+    index, count, total_bytes = 0, 1, 0
+    blocks: dict[str, dict[str, Block]] = {stem: {} for stem in tensors}
+    for stem, flat in tensors.items():
+        for name, tensor in flat.items():
+            total_bytes += tensor.numel() * tensor.element_size()
+            if isinstance(tensor, DTensor):
+                index, count, is_first = _writer(tensor)
+                _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+                if is_first and tensor.to_local().numel():
+                    blocks[stem][name] = Block(tensor.to_local(), tuple(tensor.shape), tuple(offsets))
+            elif is_main:
+                blocks[stem][name] = Block(tensor, tuple(tensor.shape), (0,) * tensor.ndim)
+    return Shard(index, count, blocks, total_bytes)
+
+
+def _writer(tensor: DTensor) -> tuple[int, int, bool]:
+    """Which of how many shards this rank holds, and whether it is of the first replica."""
+    index, count, is_first = 0, 1, True
+    places = tensor.device_mesh.get_coordinate()
+    assert places is not None
+    for dim, (place, placement) in enumerate(zip(places, tensor.placements, strict=True)):
+        if placement.is_shard():
+            index, count = index * tensor.device_mesh.size(dim) + place, count * tensor.device_mesh.size(dim)
+        else:
+            is_first = is_first and place == 0
+    return index, count, is_first
+
+
+def read_like(reader: BlockReader, stem: str, name: str, like: Tensor | None) -> Tensor:
+    """A tensor of a checkpoint; where `like`, of its shape, is sharded, this rank's shard alone is read."""
+    if not isinstance(like, DTensor) or reader.shape(stem, name) != tuple(like.shape):
+        return reader.read(stem, name)
+    mesh, placements = like.device_mesh, like.placements
+    sizes, offsets = compute_local_shape_and_global_offset(like.shape, mesh, placements)
+    window = [slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)]
+    local = reader.read(stem, name, window)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def gather(tensor: Tensor) -> Tensor:
