@@ -4,11 +4,17 @@ accelerate turns FSDP on for accelerators only; `SHARDING` turns it on for the C
 """
 
 import json
+import re
+import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.scripts import TINY, Result, ScriptRunner, read_metrics
+from tests.scripts import TINY, Result, ScriptRunner, num_lines, read_metrics, terminate_when
 
 pytestmark = [pytest.mark.launch, pytest.mark.ranks]
 
@@ -21,6 +27,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, Pa
 class Sharding(distributed.Accelerator):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # which transformers asks for when it reads weights
         plugin = FullyShardedDataParallelPlugin(fsdp_version=int(os.environ.get("FSDP_VERSION", "2")))
         state = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
         if "REPLICAS" in os.environ:
@@ -30,6 +37,16 @@ class Sharding(distributed.Accelerator):
         AcceleratorState._shared_state.update(state)
 
 distributed.Accelerator = Sharding
+"""
+COUNT_READS = """
+from qwen_train.model import load
+read = load.AutoModelForCausalLM.from_pretrained
+
+def counted(*args, **kwargs):
+    print("reading weights on rank", os.environ["RANK"], flush=True)
+    return read(*args, **kwargs)
+
+load.AutoModelForCausalLM.from_pretrained = counted
 """
 ROWS, PER_STEP, STEPS = 31, 3, 10
 MODES = {
@@ -90,7 +107,7 @@ def largest_difference(one: Path, other: Path, name: str) -> float:
     """Of a metric over all steps, relative to its size."""
     pairs = list(zip(read_metrics(one), read_metrics(other), strict=True))
     values = [(a[name], b[name]) for a, b in pairs if name in a or name in b]
-    assert len(values) >= 3
+    assert len(values) >= 2
     return max(abs(a - b) / max(abs(a), 1e-3) for a, b in values)
 
 
@@ -103,7 +120,7 @@ def test_two_processes_are_one(world: World, task: str, mode: str, how: str):
     one = world.run(task, f"{task}-{mode}-1", *MODES[mode])
     sharding = {"prelude": SHARDING} if how == "fsdp2" else {}
     two = world.run(task, f"{task}-{mode}-{how}", *MODES[mode], ranks=2, **sharding)
-    tolerance = 2e-2 if mode == "nf4" else 1e-5
+    tolerance = 3e-3 if mode == "nf4" else 1e-5
     for name in TASKS[task]:
         assert largest_difference(one, two, name) <= tolerance, name
     first, last = (json.loads(line)["train/loss"] for line in _logged(one)[:: STEPS - 1])
@@ -121,3 +138,133 @@ def test_compiled_layers_shard(world: World):
     one = world.run("sft", "compiled-1", *more)
     two = world.run("sft", "compiled-2", *more, ranks=2, prelude=SHARDING)
     assert largest_difference(one, two, "train/loss") <= 1e-2
+
+
+def test_hybrid_sharding_is_one(world: World):
+    """HSDP on four ranks: two replicas of two shards each."""
+    one = world.run("sft", "sft-full-1", *MODES["full"])
+    four = world.run("sft", "hsdp", *MODES["full"], ranks=4, prelude=SHARDING, environment={"REPLICAS": "2"})
+    for name in TASKS["sft"]:
+        assert largest_difference(one, four, name) <= 1e-5, name
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
+def test_saved_on_some_and_resumed_on_others(world: World, mode: str, ranks: tuple[int, int]):
+    """Stopped halfway on two ranks and ended by one, and the other way round."""
+    one = world.run("sft", f"sft-{mode}-1", *MODES[mode])
+    name = f"{mode}-{ranks[0]}-then-{ranks[1]}"
+
+    def start(count: int, *more: str, **how) -> Result:
+        sharding = {"ranks": count, "prelude": SHARDING} if count > 1 else {}
+        return world.start("sft", name, *MODES[mode], "--run.save_every=4", *more, **sharding, **how)
+
+    metrics = world.folder / name / "metrics.jsonl"
+    stopped = start(ranks[0], meanwhile=terminate_when(lambda: num_lines(metrics) >= 5))
+    assert stopped.code == 128 + signal.SIGTERM, stopped.output
+    result = start(ranks[1])
+    assert result.code == 0 and "going on from" in result.output, result.output
+    for metric in TASKS["sft"]:
+        assert largest_difference(one, world.folder / name, metric) <= 1e-5, metric
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("efficient", ["true", "false"])
+def test_embeddings_stay_tied_and_rank_0_alone_reads(world: World, tied: bool, efficient: str):
+    """Whatever accelerate's `cpu_ram_efficient_loading` says."""
+    folder = world.folder / f"checkpoint-{tied}"
+    if not folder.exists():
+        config = AutoConfig.from_pretrained(TINY / "model", tie_word_embeddings=tied)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
+    more = [*MODES["full"], "--model.from_scratch=false", f"--model.path={folder}", "--run.steps=4"]
+    one = world.run("sft", f"tied-{tied}-1", *more)
+    name = f"tied-{tied}-{efficient}"
+    environment = {"FSDP_CPU_RAM_EFFICIENT_LOADING": efficient}
+    two = world.run("sft", name, *more, ranks=2, prelude=SHARDING + COUNT_READS, environment=environment)
+    for metric in TASKS["sft"]:
+        assert largest_difference(one, two, metric) <= 1e-5, metric
+    reads = [line for line in (world.folder / f"{name}.txt").read_text().splitlines() if line.startswith("reading")]
+    assert reads == ["reading weights on rank 0"]
+    names = set(safe_open(two / "model/model.safetensors", framework="pt").keys())
+    assert ("lm_head.weight" in names) is not tied and "model.embed_tokens.weight" in names
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--model.adapter_start=merge"],
+        ["--model.adapter_start=continue"],
+        ["--model.adapter_start=continue", "--reference.precompute=true"],
+        ["--lora.enabled=false", "--reference.precompute=true", "--reference.source=model"],
+    ],
+    ids=["merged", "continued", "precomputed", "full"],
+)
+def test_references_of_sharded_policies(world: World, more: list[str]):
+    """From an SFT adapter: the adapter merged, or continued beside its frozen copy; full training beside a model."""
+    sft = world.run("sft", "sft-lora-1", *MODES["lora"])
+    start = [f"--model.adapter={sft / 'adapter'}", "--model.from_scratch=false", *more]
+    if "--lora.enabled=false" in more:
+        start = [
+            f"--model.path={sft / 'base'}",
+            "--model.from_scratch=false",
+            f"--reference.path={sft / 'base'}",
+            *more,
+        ]
+    name = "-".join(word.split("=")[1] for word in more)
+    one = world.run("dpo", f"{name}-1", *start, "--run.steps=4")
+    two = world.run("dpo", f"{name}-2", *start, "--run.steps=4", ranks=2, prelude=SHARDING)
+    for metric in TASKS["dpo"]:
+        assert largest_difference(one, two, metric) <= 1e-5, metric
+    gap = re.search(
+        r"step 0: policy and reference .* differ by (\S+) nats", (world.folder / f"{name}-2.txt").read_text()
+    )
+    assert gap and float(gap[1]) <= (1e-6 if "--reference.precompute=true" in more else 0)
+
+
+def test_gathered_adapters_have_every_slice(world: World, tmp_path: Path):
+    """The adapter that two ranks write is the one that one process writes, tensor by tensor; without the base."""
+    one, two = world.run("sft", "sft-lora-1", *MODES["lora"]), world.run("sft", "sft-lora-fsdp2", *MODES["lora"])
+    tensors = [load_file(run / "adapter/adapter_model.safetensors") for run in (one, two)]
+    assert tensors[0].keys() == tensors[1].keys() and all("lora_" in name for name in tensors[0])
+    for name, tensor in tensors[0].items():
+        assert tensor.any() and torch.allclose(tensor, tensors[1][name], rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("more", "environment", "message"),
+    [
+        (
+            ["--model.quantization=nf4", "--model.dtype=bfloat16"],
+            {},
+            "error: model.quantization: nf4 weights cannot be",
+        ),
+        (
+            ["--model.quantization=fp8", "--model.dtype=bfloat16"],
+            {},
+            "error: model.quantization: fp8 weights cannot be",
+        ),
+        (["--optim.name=adamw_8bit"], {}, "error: optim.name: adamw_8bit cannot hold"),
+        ([], {"FSDP_VERSION": "1"}, "error: accelerate: fsdp_version 1 is not served; set fsdp_version: 2"),
+        ([], {"FSDP_OFFLOAD_PARAMS": "true"}, "error: accelerate: fsdp_offload_params is not served"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(world: World, more: list[str], environment: dict, message: str):
+    result = world.start("sft", "refused", *more, ranks=2, prelude=SHARDING, environment=environment)
+    assert result.code == 2 and message in result.output and "Traceback" not in result.output, result.output
+    assert not (world.folder / "refused").exists()
+
+
+def test_settings_that_are_not_followed_are_named(world: World):
+    environment = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        "ACCELERATE_MIXED_PRECISION": "fp16",
+    }
+    one = world.run("sft", "sft-lora-1", *MODES["lora"])
+    two = world.run("sft", "settings", *MODES["lora"], ranks=2, prelude=SHARDING, environment=environment)
+    output = (world.folder / "settings.txt").read_text()
+    for name in ("gradient_accumulation_steps 4", "fsdp_activation_checkpointing", "mixed_precision fp16"):
+        assert output.count(f"accelerate: {name} is not followed") == 1, output
+    assert largest_difference(one, two, "train/grad_norm") <= 1e-5
