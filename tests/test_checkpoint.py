@@ -1,16 +1,12 @@
-"""Checkpoints: whatever happens while one is written or afterwards, the newest whole one is found, and it is whole."""
+"""Checkpoints: their form, strangers in their folders, rotation, leftovers, changed configs; faults: tests/faults/."""
 
 import dataclasses
-import errno
 import json
 import logging
 import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -21,87 +17,18 @@ from qwen_train.config import DataConfig, DPOConfig
 from qwen_train.train import checkpoint, files
 from qwen_train.train.checkpoint import (
     HARMLESS,
-    SaveError,
     clean_leftovers,
     config_changes,
     find_checkpoint,
     finish_save,
     load_checkpoint,
-    require_free_space,
     require_same_result,
     save_checkpoint,
     saving,
     verify,
-    write_json_atomic,
     write_tensors,
 )
-from tests.faulty_disk import FaultyDisk, PowerLoss, in_child, no_space
-
-
-@pytest.fixture
-def put_disk(monkeypatch):
-    """put_disk(disk): from now on, to the end of the test, files are written through it."""
-
-    def put(disk: files.Disk) -> files.Disk:
-        monkeypatch.setattr(files, "disk", disk)
-        return disk
-
-    return put
-
-
-def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Contents that differ from step to step."""
-    generator = torch.Generator().manual_seed(step)
-    weight = torch.randn(4, 6, generator=generator)
-    return {
-        "adapter": {"a.weight": weight, "b.weight": weight.bfloat16()},
-        "optimizer": {"a.exp_avg": weight * 2, "a.step": torch.tensor(float(step))},
-    }
-
-
-def state_of(step: int, run_id: str = "run") -> dict:
-    return {"run_id": run_id, "seed": 42, "loss": 0.1 * step, "rows": [step, step + 1]}
-
-
-def save(folder: Path, step: int, keep: int = 2, run_id: str = "run") -> Path:
-    return save_checkpoint(folder, step, tensors_of(step), state_of(step, run_id), keep)
-
-
-def equal(left: dict[str, dict[str, torch.Tensor]], right: dict[str, dict[str, torch.Tensor]]) -> bool:
-    return left.keys() == right.keys() and all(
-        left[stem].keys() == right[stem].keys()
-        and all(
-            left[stem][name].dtype == tensor.dtype and torch.equal(left[stem][name], tensor)
-            for name, tensor in right[stem].items()
-        )
-        for stem in left
-    )
-
-
-def assert_whole(path: Path, step: int) -> None:
-    tensors, state = load_checkpoint(path)
-    assert state == {**state_of(step), "step": step}
-    assert equal(tensors, tensors_of(step))
-
-
-def assert_one_whole(folder: Path, allowed: tuple[int, ...]) -> int:
-    """The next start: whole before and after the leftovers are cleaned; returns the step."""
-    before, _ = find_checkpoint(folder)
-    assert before is not None
-    assert_whole(before, checkpoint._step_of(before))
-    clean_leftovers(folder)
-    after, _ = find_checkpoint(folder)
-    assert after is not None
-    step = checkpoint._step_of(after)
-    assert step in allowed and step == checkpoint._step_of(before)
-    assert_whole(after, step)
-    assert not [path for path in folder.iterdir() if ".tmp-" in path.name or ".old-" in path.name]
-    return step
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
+from tests.faults.saves import assert_whole, empty, names, save, tensors_of, truncate
 
 # Round trip ----------------------------------------------------------------------------------------------------------
 
@@ -161,226 +88,6 @@ def test_a_save_that_is_not_finished_leaves_nothing(tmp_path):
         write_tensors(temporary / "adapter.safetensors", {})
         raise KeyError("something of the caller's")
     assert names(tmp_path) == []
-
-
-# Killed while saving -------------------------------------------------------------------------------------------------
-
-
-def prepare(folder: Path, existing: tuple[int, ...]) -> None:
-    for step in existing:
-        save(folder, step)
-
-
-def num_operations(tmp_path: Path, put_disk, existing: tuple[int, ...], step: int) -> int:
-    prepare(tmp_path / "count", existing)
-    counter = put_disk(FaultyDisk())
-    save(tmp_path / "count", step, keep=1)
-    put_disk(files.Disk())
-    assert {"make_folder", "create", "write", "sync", "sync_folder", "replace", "remove", "remove_folder"} == {
-        *counter.names
-    }
-    return len(counter.names)
-
-
-@pytest.mark.parametrize("existing", [(1,), (1, 2)], ids=["new step", "the same step again"])
-def test_kill_9_at_every_operation_of_a_save(tmp_path, put_disk, existing):
-    total = num_operations(tmp_path, put_disk, existing, step=2)
-    found = []
-    for at in range(total):
-        folder = tmp_path / f"kill{at}"
-        prepare(folder, existing)
-
-        def die(folder: Path = folder, at: int = at) -> None:
-            put_disk(FaultyDisk(at))
-            save(folder, 2, keep=1)
-
-        assert in_child(die) == -signal.SIGKILL
-        found.append(assert_one_whole(folder, (*existing, 2)))
-        assert_whole(save(folder, 3, keep=1), 3)  # and the run goes on
-        assert names(folder) == ["step-000003"]
-        shutil.rmtree(folder)
-    print(f"{total} kills, {found.count(2)} found the new checkpoint")
-    assert found == sorted(found)
-    if existing == (1,):
-        assert {*found} == {1, 2}
-
-
-def test_power_loss_at_every_operation_of_a_save(tmp_path, put_disk):
-    total = num_operations(tmp_path, put_disk, (1,), step=2)
-
-    def lost(at: int, honest: bool) -> Path:
-        folder = tmp_path / f"{honest}{at}"
-        prepare(folder, (1,))
-
-        def die() -> None:
-            put_disk(PowerLoss(at, honest))
-            save(folder, 2, keep=1)
-
-        assert in_child(die) == -signal.SIGKILL
-        return folder
-
-    for at in range(total):
-        assert_one_whole(lost(at, honest=True), (1, 2))
-    # Negative control: on a disk that does not sync, the same order of operations loses everything at some point.
-    assert any(find_checkpoint(lost(at, honest=False))[0] is None for at in range(total))
-
-
-# Disk full -----------------------------------------------------------------------------------------------------------
-
-
-def test_no_space_at_every_write_leaves_the_previous_checkpoint(tmp_path, put_disk):
-    save(tmp_path, 1)
-    counter = put_disk(FaultyDisk(only=("write",)))
-    save(tmp_path / "count", 2)
-    assert len(counter.names) >= 8  # header and tensors of two files, state, manifest
-    for at in range(len(counter.names)):
-        put_disk(FaultyDisk(at, no_space, only=("write",)))
-        with pytest.raises(SaveError, match=r"step-000002: checkpoint not saved, No space left on device") as caught:
-            save(tmp_path, 2, keep=1)
-        assert caught.value.errno == errno.ENOSPC
-        assert "\n" not in str(caught.value) and "run.resume=auto" in str(caught.value)
-        assert [name for name in names(tmp_path) if name != "count"] == ["step-000001"]  # nothing half-written stays
-        assert_whole(tmp_path / "step-000001", 1)
-
-
-@pytest.mark.parametrize("existing", [(1,), (1, 2)], ids=["new step", "the same step again"])
-def test_an_error_of_any_operation_leaves_a_whole_checkpoint(tmp_path, put_disk, existing, caplog):
-    outcomes = set()
-    for at in range(num_operations(tmp_path, put_disk, existing, step=2)):
-        folder = tmp_path / f"error{at}"
-        prepare(folder, existing)
-        put_disk(FaultyDisk(at, no_space))
-        try:
-            save(folder, 2, keep=1)
-            outcomes.add("saved")
-        except SaveError:
-            outcomes.add("refused")
-        put_disk(files.Disk())
-        assert_one_whole(folder, (*existing, 2))
-    assert outcomes == {"saved", "refused"}  # saved: only the deletion of an older one failed, and that was logged
-    assert "could not be deleted" in caplog.text
-
-
-def test_a_disk_that_is_really_full(tmp_path):
-    """The same on a tmpfs of 1 MiB, mounted in a namespace of our own."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
-        pytest.skip("no user namespace to mount a small disk in")
-    script = textwrap.dedent("""
-        import sys, torch
-        from pathlib import Path
-        from qwen_train.train import files
-        from qwen_train.train.checkpoint import *
-        folder = Path(sys.argv[1])
-        save_checkpoint(folder, 1, {"adapter": {"x": torch.ones(1000)}}, {}, 2)
-        large = {"adapter": {"x": torch.ones(500_000)}}
-        for check in (require_free_space, lambda folder, needed: None):  # told beforehand, and by the disk itself
-            import qwen_train.train.checkpoint as module
-            module.require_free_space = check
-            try:
-                save_checkpoint(folder, 2, large, {}, 2)
-            except SaveError as error:
-                print(error.errno, error)
-        print(find_checkpoint(folder), sorted(path.name for path in folder.iterdir()))
-    """)
-    command = 'mount -t tmpfs -o size=1536k none "$1" && exec "$2" -c "$3" "$1"'
-    shell = ["unshare", "-rm", "sh", "-c", command, "sh", str(tmp_path), sys.executable, script]
-    result = subprocess.run(shell, capture_output=True, text=True, check=False)
-    if "mount" in result.stderr and not result.stdout:
-        pytest.skip(f"no small disk can be mounted: {result.stderr.strip()}")
-    beforehand, itself, found = result.stdout.splitlines()
-    assert beforehand.startswith("28 ") and "too little space left" in beforehand
-    assert itself.startswith("28 ") and "No space left on device" in itself
-    assert "step-000001'), [])" in found and found.endswith("['step-000001']")
-
-
-def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
-    require_free_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(ValueError, match=r"not/yet: too little space left, .* needed, .* free; free some") as caught:
-        require_free_space(tmp_path / "not" / "yet", 1 << 60)
-    assert "\n" not in str(caught.value)
-    assert names(tmp_path) == []
-
-
-# Damaged afterwards --------------------------------------------------------------------------------------------------
-
-FILES = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def flip(path: Path, position: float = 0.5) -> None:
-    data = bytearray(path.read_bytes())
-    data[int(position * (len(data) - 1))] ^= 0x01
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize(
-    "damage",
-    [truncate, empty, flip, lambda path: flip(path, 0.0), lambda path: flip(path, 1.0), Path.unlink],
-    ids=["truncated", "emptied", "flipped", "flipped first", "flipped last", "missing"],
-)
-def test_damage_to_any_file_is_found_named_and_fallen_back_from(tmp_path, name, damage):
-    save(tmp_path, 1)
-    newest = save(tmp_path, 2)
-    assert find_checkpoint(tmp_path) == (newest, [])
-    damage(newest / name)
-    found, skipped = find_checkpoint(tmp_path)
-    assert found == tmp_path / "step-000001"
-    assert [path for path, _ in skipped] == [newest] and name in skipped[0][1]
-    with pytest.raises(ValueError, match=rf"step-000002: not a whole checkpoint, {name} .*run\.resume=auto") as caught:
-        load_checkpoint(newest)
-    assert "\n" not in str(caught.value)
-    assert_whole(found, 1)
-
-
-def test_no_byte_of_a_checkpoint_can_change_unseen(tmp_path):
-    path = save(tmp_path, 1)
-    flips = 0
-    for name in FILES:
-        whole = (path / name).read_bytes()
-        for position in range(len(whole)):
-            data = bytearray(whole)
-            data[position] ^= 1 << position % 8
-            (path / name).write_bytes(data)
-            found, skipped = find_checkpoint(tmp_path)
-            assert found is None and name in skipped[0][1], (name, position)
-            flips += 1
-        (path / name).write_bytes(whole)
-    assert find_checkpoint(tmp_path) == (path, [])
-    print(f"{flips} flips, all seen")
-
-
-def test_nothing_whole_is_said_of_each(tmp_path):
-    assert find_checkpoint(tmp_path / "nothing") == (None, [])
-    for path in [save(tmp_path, step) for step in (1, 2)]:
-        empty(path / "state.json")
-    (tmp_path / "step-000003").mkdir()
-    (tmp_path / "step-000004.tmp-0123").mkdir()
-    found, skipped = find_checkpoint(tmp_path)
-    assert found is None
-    assert [path.name for path, _ in skipped] == ["step-000003", "step-000002", "step-000001"]
-    assert "manifest.json is missing" in skipped[0][1]
-
-
-def test_a_renamed_folder_is_not_taken_for_another_step(tmp_path):
-    save(tmp_path, 1).rename(tmp_path / "step-000009")
-    assert "is of step 1" in find_checkpoint(tmp_path)[1][0][1]
-
-
-def test_a_file_replaced_by_a_link_or_folder_is_refused(tmp_path):
-    for make in (lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()):
-        path = save(tmp_path, 1)
-        (path / "adapter.safetensors").unlink()
-        make(path / "adapter.safetensors")
-        assert "adapter.safetensors is not a plain file" in find_checkpoint(tmp_path)[1][0][1]
-        shutil.rmtree(path)
 
 
 # Strangers -----------------------------------------------------------------------------------------------------------
@@ -506,31 +213,6 @@ def test_leftovers_are_cleaned_and_an_unfinished_replacement_is_put_back(tmp_pat
     assert len(remarks) == 3 and "step-000001: put back" in remarks[1]
     assert names(tmp_path) == ["step-000001", "step-000003.tmp-notes"]
     assert_whole(tmp_path / "step-000001", 1)
-
-
-def test_small_files_are_old_or_new_whatever_happens(tmp_path, put_disk):
-    path = tmp_path / "status.json"
-    write_json_atomic(path, {"step": 1})
-    counter = put_disk(FaultyDisk())
-    write_json_atomic(path, {"step": 2})
-    assert counter.names == ["create", "write", "sync", "replace", "sync_folder"]
-    for at in range(5):
-        write_json_atomic(path, {"step": 1})
-
-        def die(at: int = at) -> None:
-            put_disk(FaultyDisk(at))
-            write_json_atomic(path, {"step": 2})
-
-        put_disk(files.Disk())
-        assert in_child(die) == -signal.SIGKILL
-        assert json.loads(path.read_text())["step"] == (1 if at < 4 else 2)
-        put_disk(FaultyDisk(at, no_space))
-        with pytest.raises(OSError, match="No space"):
-            write_json_atomic(path, {"step": 3})
-        put_disk(files.Disk())
-        assert json.loads(path.read_text())["step"] == (3 if at == 4 else 1)
-        clean_leftovers(tmp_path)
-        assert names(tmp_path) == ["status.json"]
 
 
 # Resume under a changed config ---------------------------------------------------------------------------------------
