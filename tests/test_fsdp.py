@@ -7,11 +7,13 @@ import json
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.scripts import TINY, Result, ScriptRunner, num_lines, read_metrics, terminate_when
@@ -131,6 +133,36 @@ def _logged(run: Path) -> list[str]:
     return [line for line in (run / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputing_sharded_layers_changes_nothing(world: World, dropout: float):
+    """Not even with dropout: the recomputation draws the masks of the forward."""
+    more = [*MODES["lora"], f"--lora.dropout={dropout}", "--run.steps=4"]
+    kept, again = (
+        world.run(
+            "sft", f"kept-{dropout}-{count}", *more, f"--model.checkpoint_layers={count}", ranks=2, prelude=SHARDING
+        )
+        for count in (0, 3)
+    )
+    for name in TASKS["sft"]:
+        assert largest_difference(kept, again, name) <= 1e-6, name
+    plain = world.run("sft", "kept-0.0-0", *more, ranks=2, prelude=SHARDING)
+    assert (largest_difference(plain, kept, "train/grad_norm") > 1e-3) is (dropout > 0), "dropout is on"
+
+
+def test_sharded_models_answer_alike(world: World):
+    """The greedy samples of each evaluation; the five rows do not divide by two."""
+    one = world.run("sft", "sft-full-1", *MODES["full"])
+    two = world.run("sft", "sft-full-fsdp2", *MODES["full"], ranks=2, prelude=SHARDING)
+    one, two = ([bytes(tensor.string_val[0]) for tensor in samples(run)] for run in (one, two))
+    assert one == two and len(one) == 3 and len(set(one)) > 1
+
+
+def samples(run: Path) -> list[Any]:
+    events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
+    return [event.tensor_proto for event in events.Tensors("eval/samples/text_summary")]
+
+
+@pytest.mark.slow
 def test_compiled_layers_shard(world: World):
     """bf16, compiled layers, every other one recomputed: FSDP2's hooks stand outside of the graphs."""
     more = [*MODES["lora"], "--model.dtype=bfloat16", "--model.compile=true", "--model.checkpoint_layers=2"]
@@ -225,7 +257,8 @@ def test_references_of_sharded_policies(world: World, more: list[str]):
 
 def test_gathered_adapters_have_every_slice(world: World, tmp_path: Path):
     """The adapter that two ranks write is the one that one process writes, tensor by tensor; without the base."""
-    one, two = world.run("sft", "sft-lora-1", *MODES["lora"]), world.run("sft", "sft-lora-fsdp2", *MODES["lora"])
+    one = world.run("sft", "sft-lora-1", *MODES["lora"])
+    two = world.run("sft", "sft-lora-fsdp2", *MODES["lora"], ranks=2, prelude=SHARDING)
     tensors = [load_file(run / "adapter/adapter_model.safetensors") for run in (one, two)]
     assert tensors[0].keys() == tensors[1].keys() and all("lora_" in name for name in tensors[0])
     for name, tensor in tensors[0].items():
