@@ -45,6 +45,7 @@ from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
 from qwen_train.train.preflight import preflight
+from qwen_train.train.probe import settle
 from qwen_train.train.reference import (
     Reference,
     audit_start,
@@ -134,6 +135,9 @@ def train(config: DPOConfig, run: Run) -> None:
         prove_reference(run, reference, collate, len(data), folder)
     if config.reference.precompute:
         reference.release()
+    config = settle(run, folder.config, config, model, optimizer, int(lengths.max()), shape)  # `auto`, measured
+    record_config(run, folder, config)
+    stream.tokens_per_microbatch = microbatch_tokens(config)
     flops = functools.partial(
         flops_per_token,
         model.lm.config,

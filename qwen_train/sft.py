@@ -23,6 +23,7 @@ from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
 from qwen_train.train.preflight import preflight
+from qwen_train.train.probe import settle
 from qwen_train.train.reference import sequence_sums
 from qwen_train.train.saver import Saver, require_room
 
@@ -80,6 +81,9 @@ def train(config: SFTConfig, run: Run) -> None:
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
+    config = settle(run, folder.config, config, model, optimizer, longest, shape)  # `auto`, measured
+    record_config(run, folder, config)
+    stream.tokens_per_microbatch = microbatch_tokens(config)
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
     flops = functools.partial(
         flops_per_token,

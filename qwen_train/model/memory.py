@@ -13,8 +13,8 @@ from qwen_train.loss.preference import LOSSES
 
 GIB = 2**30
 CPU_TOKENS = 4096
-GPU_TOKENS = (16384, 8192, 4096, 2048)
-"""Budgets that `auto` tries; above 16,384 tokens a GPU gains nothing."""
+GPU_TOKENS = (16384, 8192, 4096, 2048, 1024, 512)
+"""Budgets that `auto` tries, as far as they hold the longest row; above 16,384 tokens a GPU gains nothing."""
 
 SHARE_OF_FREE = 0.92
 """Of the free memory, what a step may take by the estimate: the rest is fragmentation and the estimate's own error."""
