@@ -111,6 +111,31 @@ def test_a_wrong_scale_would_show(monkeypatch: pytest.MonkeyPatch):
     assert farthest(logps_and_gradients(plain, batch)[1], logps_and_gradients(fused, batch)[1]) > 1e-3
 
 
+def test_loss_curves_of_fifty_steps(monkeypatch: pytest.MonkeyPatch):
+    """Everything fused beside PEFT's forward and transformers' modules: the same data and start, the same curve."""
+
+    def curve(scale: float = 1.0, **options: Any) -> Tensor:
+        model = build(monkeypatch, **options)
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module.scaling["default"] *= scale
+        optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-3)
+        losses = []
+        for step in range(50):
+            batch = make_batch(step % 10)  # five epochs
+            loss = -model(batch).logps.mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    plain, fused, control = curve(fused=False), curve(), curve(scale=1.01)
+    assert plain[0] - plain[-10:].mean() > 0.1, "it trains"
+    assert (plain - fused).abs().max() <= 1e-5
+    assert (plain - control).abs().max() > 1e-3, "a scale one per cent off would show"
+
+
 def test_unshared_weights_give_the_same(monkeypatch: pytest.MonkeyPatch):
     batch = make_batch(1)
     shared = build(monkeypatch)
