@@ -72,8 +72,8 @@ def lora_linear(
     if not a:
         return y, x.new_empty(0)
     low = x @ _stacked(a, x.dtype).T
-    for part, columns, matrix in _by_member(y, low, b):
-        torch.addmm(part, columns, _scaled(matrix, scale, x.dtype).T, out=part)
+    for part, columns, matrix in _by_block(y, low, b, scale):
+        torch.addmm(part, columns, matrix.T, out=part)
     return y, low
 
 
@@ -132,16 +132,14 @@ def lora_linear_backward(
     Without `want_x` (the first layer, whose input is the embedding) the first is empty, and its product saved.
     """
     grad_low = torch.empty_like(low)
-    grad_b = []
-    for (part, columns, matrix), inner in zip(_by_member(grad, grad_low, b), _columns(low, b), strict=True):
-        torch.mm(part, _scaled(matrix, scale, x.dtype), out=columns)
-        grad_b.append(_product_fp32(part.T, inner).mul_(scale).flatten())
+    for part, columns, matrix in _by_block(grad, grad_low, b, scale):
+        torch.mm(part, matrix, out=columns)
     if want_x:
         grad_x = backward_product(grad, frozen, kind, x.shape[1])
         grad_x.addmm_(grad_low, _stacked(a, x.dtype))
     else:
         grad_x = x.new_empty(0)
-    return grad_x, _product_fp32(grad_low.T, x), torch.cat(grad_b)
+    return grad_x, _product_fp32(grad_low.T, x), _gradients_of_b(grad, low, b, scale)
 
 
 @lora_linear_backward.register_fake
@@ -356,9 +354,41 @@ def _columns(low: Tensor, b: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return low.split([matrix.shape[1] for matrix in b], dim=1)
 
 
-def _by_member(wide: Tensor, low: Tensor, b: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(columns of wide[T, O], columns of low[T, R], B) of each member; the columns are views."""
-    return zip(wide.split([matrix.shape[0] for matrix in b], dim=1), _columns(low, b), b, strict=True)
+def _by_block(wide: Tensor, low: Tensor, b: Sequence[Tensor], scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(columns of wide[T, O], columns of low[T, R], their s B), rounded once: of each member, or of all as one block.
+
+    q, k and v together: the products of k and v alone are too small for a GPU. The columns are views.
+    """
+    heights = [matrix.shape[0] for matrix in b]
+    if _as_one_block(b):
+        block = low.new_zeros(sum(heights), sum(matrix.shape[1] for matrix in b))
+        for matrix, rows in zip(b, _diagonal(block, b), strict=True):
+            torch.mul(matrix, scale, out=rows)
+        yield wide, low, block
+    else:
+        for part, columns, matrix in zip(wide.split(heights, dim=1), _columns(low, b), b, strict=True):
+            yield part, columns, _scaled(matrix, scale, low.dtype)
+
+
+def _gradients_of_b(grad: Tensor, low: Tensor, b: Sequence[Tensor], scale: float) -> Tensor:
+    """scale * grad[T, O]^T low[T, R] of each member, flat and end to end, fp32."""
+    if _as_one_block(b):
+        parts: Sequence[Tensor] = _diagonal(_product_fp32(grad.T, low), b)
+    else:
+        columns = zip(grad.split([matrix.shape[0] for matrix in b], dim=1), _columns(low, b), strict=True)
+        parts = [_product_fp32(part.T, inner) for part, inner in columns]
+    return torch.cat([part.flatten() for part in parts]).mul_(scale)
+
+
+def _as_one_block(b: Sequence[Tensor]) -> bool:
+    """Whether a group's B's are used as one block-diagonal matrix: where some outputs are narrower than others."""
+    return len({matrix.shape[0] for matrix in b}) > 1
+
+
+def _diagonal(block: Tensor, b: Sequence[Tensor]) -> list[Tensor]:
+    """The blocks on the diagonal of [O, R], views."""
+    rows = block.split([matrix.shape[0] for matrix in b])
+    return [_columns(part, b)[index] for index, part in enumerate(rows)]
 
 
 def _product_fp32(left: Tensor, right: Tensor) -> Tensor:
