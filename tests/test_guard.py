@@ -153,6 +153,16 @@ def backward_or_not(self, loss):
 PackedLM.forward, Run.backward = measuring, backward_or_not
 """
 
+KILLED_BY_AN_INCIDENT = """
+import os, signal
+from qwen_train.train import guard
+append = guard._append_line
+def dying(path, value):
+    append(path, value)
+    os.kill(os.getpid(), signal.SIGKILL)
+guard._append_line = dying
+"""
+
 
 class Runs:
     """Runs of the real scripts on a few tiny rows: one step a line of the log, dropout on."""
@@ -310,7 +320,8 @@ Run.clip_grad_norm = lambda *args: float("nan") if calls.append(clip(*args)) or 
 def test_a_planted_spike_is_skipped_and_a_resumed_run_decides_alike(runs: Runs):
     """Killed after the spike and gone on from a checkpoint before it: the same decision, the same end, one line."""
     plant = SICK.format(rows="row == 75", factor="30")
-    arguments = ("--data.shuffle=false", "--batch.sequences_per_step=1", "--run.steps=90", "--run.save_every=40")
+    unguarded = ("--data.shuffle=false", "--batch.sequences_per_step=1", "--run.steps=90", "--run.save_every=30")
+    arguments = (*unguarded, "--optim.spike_zscore=6")
     folder = runs.finish("spike", *arguments, prelude=plant)
     (incident,) = incidents(folder)
     losses = [line["train/loss"] for line in read_metrics(folder)]
@@ -321,21 +332,18 @@ def test_a_planted_spike_is_skipped_and_a_resumed_run_decides_alike(runs: Runs):
     assert incident["z"] >= z * (1 - 1e-9)  # the gradient norm's may be larger
     assert state(folder, 90)["skipped"] == 1 and state(folder, 90)["losses"] == losses
 
-    file = runs.folder / "spike-killed" / "incidents.jsonl"
-
-    def written() -> bool:
-        return file.exists() and file.read_text().endswith("\n")
-
-    result = runs.start("spike-killed", *arguments, prelude=plant, meanwhile=terminate_when(written, signal.SIGKILL))
-    assert result.code == -signal.SIGKILL
+    killed = runs.start("spike-killed", *arguments, prelude=plant + KILLED_BY_AN_INCIDENT)
+    assert killed.code == -signal.SIGKILL and len(incidents(runs.folder / "spike-killed")) == 1
     folder_killed = runs.finish("spike-killed", *arguments, prelude=plant)
-    assert "going on from" in runs.output("spike-killed") and "step-000040" in runs.output("spike-killed")
+    assert re.search(r"going on from \S+step-0000[36]0\b", runs.output("spike-killed"))
     assert incidents(folder_killed) == [incident]
     assert same_end(folder, folder_killed, 90) and read_metrics(folder) == read_metrics(folder_killed)
     assert state(folder_killed, 90)["grad_norms"] == state(folder, 90)["grad_norms"]
 
-    unguarded = runs.finish("spike-unguarded", *arguments, "--optim.spike_zscore=0", prelude=plant)
-    assert incidents(unguarded) == [] and not same_end(folder, unguarded, 90)
+    healthy = runs.finish("spike-healthy", *arguments)
+    assert incidents(healthy) == [] and state(healthy, 90)["skipped"] == 0
+    off = runs.finish("spike-unguarded", *unguarded, "--optim.spike_zscore=0", prelude=plant)
+    assert incidents(off) == [] and not same_end(folder, off, 90)
 
 
 @pytest.mark.launch
