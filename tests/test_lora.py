@@ -172,9 +172,9 @@ def test_zero_adapter_rounds_as_no_adapter(monkeypatch: pytest.MonkeyPatch, dtyp
     assert not torch.equal(policy, trained)
 
 
-@pytest.mark.parametrize(("quantization", "bound"), [("nf4", 0.12), ("fp8", 0.05)])
-def test_quantised_products(quantization: str, bound: float):
-    """Relative error of y and dx on Gaussian weights and inputs; NF4's is 0.09 of the weights', fp8's 0.04."""
+@pytest.mark.parametrize(("quantization", "least", "most"), [("nf4", 0.08, 0.1), ("fp8", 0.035, 0.039)])
+def test_quantised_products(quantization: str, least: float, most: float):
+    """Relative error of y and dx on Gaussian weights and inputs, as docs/measured.md gives it; bf16's is 0.0017."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(96, 256, generator=generator).bfloat16()
     weights = [torch.randn(rows, 256, generator=generator).bfloat16() * 0.05 for rows in (128, 64)]
@@ -194,18 +194,21 @@ def test_quantised_products(quantization: str, bound: float):
     got = forward_product(x, frozen, quantization, None), backward_product(grad, frozen, quantization, 256)
     for one, other in zip(exact, got, strict=True):
         error = float((one - other.float()).norm() / one.norm())
-        assert 0.005 < error < bound, error
+        assert least < error < most, error
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "fp8"])
-def test_quantised_model_trains_and_samples(monkeypatch: pytest.MonkeyPatch, quantization: str):
+@pytest.mark.parametrize(("quantization", "gap", "least_cosine"), [("nf4", 0.35, 0.7), ("fp8", 0.14, 0.93)])
+def test_quantised_model_trains_and_samples(
+    monkeypatch: pytest.MonkeyPatch, quantization: str, gap: float, least_cosine: float
+):
+    """Log-probabilities and gradients beside bf16's; what was measured lies in docs/measured.md."""
     batch = make_batch(3)
     exact = logps_and_gradients(build(monkeypatch, dtype="bfloat16"), batch)
     model = build(monkeypatch, dtype="bfloat16", quantization=quantization)
     rounded = logps_and_gradients(model, batch)
-    assert 0 < float((exact[0] - rounded[0]).abs().mean()) < 0.4
+    assert gap / 3 < float((exact[0] - rounded[0]).abs().mean()) < gap
     cosine = [torch.cosine_similarity(exact[1][n].flatten(), rounded[1][n].flatten(), dim=0) for n in exact[1]]
-    assert min(cosine) > 0.5, min(cosine)
+    assert min(cosine) > least_cosine, min(cosine)
     assert len(model.sample([[1, 2, 3]], 3)[0]) <= 3
     assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
 
