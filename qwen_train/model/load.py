@@ -498,8 +498,8 @@ def trainable_parameters(model: PackedLM) -> dict[str, nn.Parameter]:
     """Trained parameters by the names that PEFT / transformers write on disk."""
     if model.sharded:  # a forward without backward leaves weights gathered, as tensors that the optimizer does not know
         for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+            if callable(reshard := getattr(module, "reshard", None)):
+                reshard()
     named = model.lm.named_parameters()
     return {name.replace(".default.", "."): parameter for name, parameter in named if parameter.requires_grad}
 

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qwen_train.train.blocks import Block, BlockReader, Shard
@@ -126,7 +126,11 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """This rank's shard of a tensor that every rank holds whole; the tensor itself if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return full
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    mesh, placements = like.device_mesh, like.placements
+    shape, offsets = compute_local_shape_and_global_offset(full.shape, mesh, placements)
+    places = tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))
+    local = full[places].clone()  # distribute_tensor of torch 2.11 would return a view, which keeps all of `full` alive
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
 
 def own_shard(tensors: Mapping[str, Mapping[str, Tensor]], is_main: bool) -> Shard:
