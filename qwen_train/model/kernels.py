@@ -18,6 +18,9 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
 
+OPEN_BACKWARD = True
+"""rms_norm's backward lies open to torch.compile, which adds the residual stream's gradient in the same pass."""
+
 LONGEST_ROW = 8192
 """round_rows: a longer row is read twice, the second time from the cache, for more rows in flight."""
 LONG_ROW_BLOCK = 4096
@@ -257,9 +260,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """grad[T, M] -> gradient of x[T, M]."""
     if not on_gpu(x):
-        unit = x.float() * scale[:, None]
-        inner = grad.float() * weight.float()
-        return (scale[:, None] * (inner - unit * (inner * unit).mean(dim=1, keepdim=True))).to(x.dtype)
+        return _rms_norm_gradient(grad, x, weight, scale)
     rows, columns = x.shape
     out = torch.empty_like(x)
     if rows == 0:
@@ -268,6 +269,12 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
     warps = min(16, max(4, block // 512))
     _rms_norm_backward_kernel[(rows,)](grad, x, weight, scale, out, columns, block, num_warps=warps)
     return out
+
+
+def _rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    unit = x.float() * scale[:, None]
+    inner = grad.float() * weight.float()
+    return (scale[:, None] * (inner - unit * (inner * unit).mean(dim=1, keepdim=True))).to(x.dtype)
 
 
 @rms_norm_backward.register_fake
@@ -280,6 +287,8 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _backward_norm(ctx: Any, grad: Tensor, _grad_scale: Tensor | None) -> tuple[Tensor, None, None]:
+    if OPEN_BACKWARD and torch.compiler.is_compiling():
+        return _rms_norm_gradient(grad, *ctx.saved_tensors), None, None
     return rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 

@@ -41,7 +41,7 @@ from qwen_train.data.stream import (
 )
 from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
 from qwen_train.loss.preference import LossConfig, preference_loss
-from qwen_train.model import last_layer, load, logprobs, lora
+from qwen_train.model import kernels, last_layer, load, logprobs, lora
 from qwen_train.model.load import PackedLM, load_model, load_tokenizer
 from qwen_train.train.distributed import Run
 from qwen_train.train.metrics import peak_memory_gib
@@ -76,6 +76,7 @@ OFF = {
     "rotary": "transformers' rotary embeddings and copies",
     "norms": "transformers' RMSNorm",
     "wide": "adapters of gate|up added by the product's kernel, not by a longer sum in its GEMM",
+    "open": "the residual stream's gradient added in a pass of its own",
     "rows": "the last layer's feed-forward at all positions",
     "head": "the head's softmax by torch.compile",
     "supervised": "the head at all positions",
@@ -175,6 +176,7 @@ def take_out(off: set[str]) -> None:
     load.fuse_lora = lora.fuse_lora if "lora" not in off else lambda *_, **__: 0
     load.fuse_norms = lora.fuse_norms if "lora" not in off else lambda *_: None
     logprobs.ONE_KERNEL = "head" not in off
+    kernels.OPEN_BACKWARD = "open" not in off
     last_layer.forward = LAST_LAYER if "rows" not in off else whole_last_layer
     PackedLM.forward = FORWARD if "supervised" not in off else forward_all_positions
 
@@ -307,11 +309,11 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
             for batch in run.accumulate(microbatches, 0):
                 run.backward(-(model(batch).logps * batch.weights).sum() / microbatches.total_weight)
             sync()
-        kernels: dict[str, list[float]] = {}
+        seen: dict[str, list[float]] = {}
         for event in profile.events():
             if event.device_type == torch.autograd.DeviceType.CUDA and event.name != "Command Buffer Full":
-                kernels.setdefault(event.name, []).append(event.device_time)
-        rows = sorted(((sum(times), len(times), name) for name, times in kernels.items()), reverse=True)
+                seen.setdefault(event.name, []).append(event.device_time)
+        rows = sorted(((sum(times), len(times), name) for name, times in seen.items()), reverse=True)
         lines = [f"{microbatches.num_tokens} tokens, kernels {sum(row[0] for row in rows) / 1000:.1f} ms"]
         lines += [
             f"{total / 1000:9.2f} ms {count:6d} x {total / count:9.1f} us  {name[:150]}" for total, count, name in rows

@@ -71,7 +71,7 @@ LADDER = [
     Row("+ no recomputation", f"{PLAIN}+supervised", "previous", 25),
     Row("+ head at supervised positions", PLAIN, "previous", 25),
     Row("+ compiled layers", f"{SHORT},off=lora+rows+head", "previous", 40),
-    Row("+ LoRA groups as one operation", f"{SHORT},off=feed_forward+rotary+norms+wide+rows+head", "previous"),
+    Row("+ LoRA groups as one operation", f"{SHORT},off=feed_forward+rotary+norms+open+wide+rows+head", "previous"),
     Row("+ norms, rotary and the head's softmax as kernels", f"{SHORT},off=feed_forward+wide+rows", "previous"),
     Row("+ feed-forward in two operations", f"{SHORT},off=wide+rows", "previous"),
     Row("+ gate|up with its adapter in one GEMM", f"{SHORT},off=rows", "previous"),
