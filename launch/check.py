@@ -15,11 +15,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config
+from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config, task_of
 from qwen_train.data import formats
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
@@ -93,18 +92,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dump", metavar="FILE", help="write token ids and labels of every kept row, one JSON a line")
     made.add_argument("--html", metavar="FILE", help="write the whole report, all problems and some rows as a page")
     return made
-
-
-def task_of(files: list[str], others: list[str]) -> Kind:
-    """`dpo` where a config file or the command line has a section that only DPO knows."""
-    sections = {word[2:].split(".")[0] for word in others if word.startswith("--")}
-    for file in files:
-        try:
-            content = yaml.safe_load(Path(file).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            return "sft"  # load_config says what is wrong with the file
-        sections |= content.keys() if isinstance(content, dict) else set()
-    return "dpo" if sections & {"loss", "reference"} else "sft"
 
 
 def sources_of(config: SFTConfig, kind: Kind) -> dict[str, list[Source]]:

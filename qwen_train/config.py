@@ -529,6 +529,18 @@ def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool 
     return config, notices + warnings
 
 
+def task_of(files: Sequence[str], argv: Sequence[str]) -> Literal["sft", "dpo"]:
+    """`dpo` where a config file or the command line has a section that only DPO knows."""
+    sections = {word[2:].split(".")[0] for word in argv if word.startswith("--")}
+    for file in files:
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return "sft"  # load_config says what is wrong with the file
+        sections |= content.keys() if isinstance(content, dict) else set()
+    return "dpo" if sections & {"loss", "reference"} else "sft"
+
+
 def _values_of(argv: Sequence[str], option: str) -> list[str]:
     following = [after for word, after in itertools.pairwise(argv) if word == option]
     return following + [word.split("=", 1)[1] for word in argv if word.startswith(f"{option}=")]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 
-from qwen_train.config import DPOConfig, SFTConfig, load_config
+from qwen_train.config import DPOConfig, SFTConfig, load_config, task_of
 from qwen_train.data import formats
 from qwen_train.loss.preference import LOSSES
 from qwen_train.train.checkpoint import HARMLESS
@@ -146,8 +146,8 @@ def test_the_tree_is_that_of_the_checkout():
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def load_check() -> Any:
-    spec = importlib.util.spec_from_file_location("check_script", ROOT / "launch" / "check.py")
+def load_script(script: str) -> Any:
+    spec = importlib.util.spec_from_file_location("a_script", ROOT / script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -180,10 +180,13 @@ def script_problem(script: str, argv: list[str]) -> str | None:
         options = set(re.findall(r'add_argument\("(--\w+)"', text_of(script)))
         wrong = {word for word in argv if word.startswith("--")} - options
         return f"no options {wrong}" if wrong else None
-    if script == "launch/check.py":
-        known, argv = load_check().parser().parse_known_args(argv)
-        argv = [word for path in known.config for word in ("--config", path)] + argv
-    _, warnings = load_config(DPOConfig if "dpo" in script else SFTConfig, argv)
+    files: list[str] = []
+    if script in ("launch/check.py", "launch/plan.py"):
+        known, argv = load_script(script).parser().parse_known_args(argv)
+        files = known.config
+        argv = [word for path in files for word in ("--config", path)] + argv
+    dpo = "dpo" in script or task_of(files, argv) == "dpo"
+    _, warnings = load_config(DPOConfig if dpo else SFTConfig, argv)
     others = [warning for warning in warnings if "tiny-sft" not in warning]  # the embedded DPO without an SFT run
     return "; ".join(others) or None
 

@@ -62,6 +62,10 @@ class Estimate:
         return sum(self.components.values())
 
 
+class DoesNotFitError(ValueError):
+    """A config that no setting makes fit, with the numbers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """Values that `auto` may take, and the memory they need."""
@@ -69,6 +73,8 @@ class Candidate:
     recomputed: int
     tokens: int
     estimate: Estimate
+    time: float
+    """Of a token, as a multiple of what it takes without recomputation in the largest micro-batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,23 +243,26 @@ def candidates(config: SFTConfig, model_config: Any, longest: int, shards: int =
     budgets = {max(longest, min(budget, most)) for budget in GPU_TOKENS} if tokens == "auto" else {tokens}
     total = model_config.num_hidden_layers
     counts = range(total + 1) if layers == "auto" else [min(layers, total)]
+    made = [
+        Candidate(
+            recomputed=count,
+            tokens=budget,
+            estimate=estimate_memory(config, model_config, budget, count, shards),
+            time=(1 + RECOMPUTATION_TIME * count / total) * (1 + OVERHEAD_TOKENS / budget),
+        )
+        for budget in budgets
+        for count in counts
+    ]
+    return sorted(made, key=lambda candidate: (candidate.time, candidate.estimate.total))
 
-    def time_of(candidate: Candidate) -> float:
-        recomputation = 1 + RECOMPUTATION_TIME * candidate.recomputed / total
-        return recomputation * (1 + OVERHEAD_TOKENS / candidate.tokens)
 
-    pairs = [(count, budget) for budget in budgets for count in counts]
-    made = [Candidate(count, b, estimate_memory(config, model_config, b, count, shards)) for count, b in pairs]
-    return sorted(made, key=lambda candidate: (time_of(candidate), candidate.estimate.total))
-
-
-def with_candidate(config: Config, candidate: Candidate) -> Config:
+def with_candidate(config: Config, recomputed: int, tokens: int) -> Config:
     """The config with its `auto` fields, and no others, set."""
     model, batch = config.model, config.batch
     if model.checkpoint_layers == "auto":
-        model = dataclasses.replace(model, checkpoint_layers=candidate.recomputed)
+        model = dataclasses.replace(model, checkpoint_layers=recomputed)
     if batch.tokens_per_microbatch == "auto":
-        batch = dataclasses.replace(batch, tokens_per_microbatch=candidate.tokens)
+        batch = dataclasses.replace(batch, tokens_per_microbatch=tokens)
     return dataclasses.replace(config, model=model, batch=batch)
 
 
@@ -275,37 +284,48 @@ def resolve_auto(
     none does, or if not even the longest row fits with numbers that are given.
     """
     if free_bytes is None:
-        return with_candidate(config, Candidate(0, max(longest, CPU_TOKENS), _NOTHING))
-    room = int(free_bytes * SHARE_OF_FREE)
+        return with_candidate(config, 0, max(longest, CPU_TOKENS))
     if not has_auto(config):
         # The longest row is what no micro-batch can do without; the budget itself may never be filled.
         layers = min(recomputed_layers(config), model_config.num_hidden_layers)
         estimate = estimate_memory(config, model_config, longest, layers, shards)
         if estimate.total > free_bytes * (1 + ESTIMATE_ERROR):
-            raise ValueError(does_not_fit(config, Candidate(layers, longest, estimate), free_bytes))
+            raise does_not_fit(config, layers, longest, estimate, free_bytes)
         return config
+    fits, candidate = fitting(config, model_config, longest, free_bytes, shards)
+    if not fits:
+        raise does_not_fit(config, candidate.recomputed, candidate.tokens, candidate.estimate, usable(free_bytes))
+    return with_candidate(config, candidate.recomputed, candidate.tokens)
+
+
+def usable(free_bytes: int) -> int:
+    """Of the free bytes, what an estimate may take."""
+    return int(free_bytes * SHARE_OF_FREE)
+
+
+def fitting(
+    config: SFTConfig, model_config: Any, longest: int, free_bytes: int, shards: int = 1
+) -> tuple[bool, Candidate]:
+    """(True, the fastest candidate that fits by the estimate), or (False, the one that needs least)."""
     possible = candidates(config, model_config, longest, shards)
     for candidate in possible:
-        if candidate.estimate.total <= room:
-            return with_candidate(config, candidate)
-    raise ValueError(does_not_fit(config, min(possible, key=lambda one: one.estimate.total), room))
+        if candidate.estimate.total <= usable(free_bytes):
+            return True, candidate
+    return False, min(possible, key=lambda one: one.estimate.total)
 
 
-_NOTHING = Estimate(**dict.fromkeys([field.name for field in dataclasses.fields(Estimate)], 0))
-
-
-def does_not_fit(config: SFTConfig, least: Candidate, room: int) -> str:
+def does_not_fit(config: SFTConfig, recomputed: int, tokens: int, least: Estimate, room: int) -> DoesNotFitError:
     """The refusal, with the numbers of the least that is needed."""
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.estimate.components.items() if size)
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.components.items() if size)
     if not config.lora.enabled:
         remedy = "more GPUs under configs/accelerate/fsdp2.yaml, lora.enabled true, or optim.name adamw_8bit"
     elif config.model.quantization == "nf4":
         remedy = "a smaller lora.r, data.max_length or model.head_chunk, optim.name adamw_8bit, or a smaller model"
     else:
         remedy = "model.quantization nf4, more GPUs under configs/accelerate/fsdp2.yaml, or a smaller data.max_length"
-    return (
-        f"model.path: {config.model.path} does not fit: {least.estimate.total / GIB:.1f} GiB a GPU at {least.tokens} "
-        f"tokens with {least.recomputed} layers recomputed ({parts}), and {room / GIB:.1f} GiB are free; use {remedy}"
+    return DoesNotFitError(
+        f"model.path: {config.model.path} does not fit: {least.total / GIB:.1f} GiB a GPU at {tokens} "
+        f"tokens with {recomputed} layers recomputed ({parts}), and {room / GIB:.1f} GiB are free; use {remedy}"
     )
 
 

@@ -102,11 +102,11 @@ def settle(
                 f"auto: {what}: {(peak + coming) / GIB:.1f} GiB measured, {candidate.estimate.total / GIB:.1f} "
                 f"estimated, {room / GIB:.1f} can be used"
             )
-            return with_candidate(given, candidate)
+            return with_candidate(given, candidate.recomputed, candidate.tokens)
         least = min(excess, 0.03 * candidate.estimate.total)
         smaller = [one for one in possible if one.estimate.total <= candidate.estimate.total - least]
         if not smaller:
-            raise ValueError(does_not_fit(config, candidate, int(room)))
+            raise does_not_fit(config, candidate.recomputed, candidate.tokens, candidate.estimate, int(room))
         reason = "out of memory" if math.isinf(excess) else "too much memory"
         run.note(f"auto: {what}: {reason}, trying the next smaller one")
         candidate = smaller[0]

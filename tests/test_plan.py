@@ -1,0 +1,219 @@
+"""launch/plan.py: every shipped config planned, the README's table, the family's shapes, exit codes, real steps."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoConfig
+
+from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config
+from qwen_train.model.memory import GIB, Shape
+from qwen_train.model.shapes import QWEN3, QWEN25, known_shape, shape_of
+from qwen_train.output.plan_view import CARDS, longest_row, markdown_table, plan
+from tests.scripts import ROOT, TINY, ScriptRunner
+from tests.support import SHARED, needs_shared
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+COUNTS = {"One": 1, "Two": 2, "Four": 4, "Eight": 8}
+
+
+def read(path: Path) -> tuple[str, SFTConfig, Any]:
+    config, warnings = load_config(DPOConfig if path.stem.startswith("dpo") else SFTConfig, ["--config", str(path)])
+    assert warnings == []
+    return path.name, config, shape_of(config.model)
+
+
+# --- shipped configs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_fit_where_they_say(path: Path):
+    """The first lines name the cards: there the plan fits, and on half of the memory it is never refused in vain."""
+    _, config, shape = read(path)
+    head = path.read_text().split("model:")[0]
+    (count, gigabytes), *_ = re.findall(r"(One|Two|Four|Eight) GPUs? of (\d+) GB", head)
+    free = 0.98 * int(gigabytes)
+    layouts = plan(config, shape, {"card": free}, COUNTS[count])
+    assert any(layout.fits for layout in layouts), [layout.candidate.estimate.total / GIB for layout in layouts]
+    named = re.findall(r"configs/accelerate/(\w+\.yaml)", head)
+    assert any(layout.fits and layout.accelerate in named for layout in layouts)
+    assert not any(layout.fits for layout in plan(config, shape, {"card": 2.0}, COUNTS[count]))
+    assert f"configs/{path.name}" in head and config.run.name is not None
+
+
+def test_names_say_size_and_mode():
+    for path in CONFIGS:
+        task, model, size, mode = path.stem.split("_")
+        name, config, _ = read(path)
+        assert (task, model) in (("sft", "qwen2.5"), ("dpo", "qwen2.5")), name
+        assert config.model.path == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
+        found = "full" if not config.lora.enabled else {"none": "lora", "nf4": "qlora"}[config.model.quantization]
+        assert mode == found and config.run.name == f"{task}-{size}-{mode}"
+    sizes = {path.stem.split("_")[2] for path in CONFIGS}
+    assert sizes == {name.split("-")[1].lower() for name in QWEN25}
+
+
+def test_the_table_of_the_readme_is_the_plan():
+    readme = (ROOT / "README.md").read_text()
+    table = markdown_table([read(path) for path in script().family()])
+    assert table in readme, f"run: python launch/plan.py --table\n{table}"
+    assert table.count("\n") == len(CONFIGS) + 1
+    assert table.replace("21.5", "21.4", 1) not in readme
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "without_embeddings"),
+    [
+        # "Number of Parameters" and "(Non-Embedding)" of the model cards; Qwen2.5-72B's say 70.0 for 70.2
+        ("Qwen2.5-0.5B", 0.49, 0.36), ("Qwen2.5-1.5B", 1.54, 1.31), ("Qwen2.5-3B", 3.09, 2.77),
+        ("Qwen2.5-7B", 7.61, 6.53), ("Qwen2.5-14B", 14.7, 13.1), ("Qwen2.5-32B", 32.5, 31.0),
+        ("Qwen2.5-72B", 72.7, 70.0), ("Qwen3-0.6B", 0.6, 0.44), ("Qwen3-1.7B", 1.7, 1.4), ("Qwen3-4B", 4.0, 3.6),
+        ("Qwen3-8B", 8.2, 6.95), ("Qwen3-14B", 14.8, 13.2), ("Qwen3-32B", 32.8, 31.2),
+    ],
+)  # fmt: skip
+def test_parameters_are_those_of_the_model_cards(name: str, billions: float, without_embeddings: float):
+    shape = Shape.of(known_shape(f"Qwen/{name}-Instruct" if "2.5" in name else f"Qwen/{name}"))
+    assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.015)
+    assert shape.layers * shape.layer / 1e9 == pytest.approx(without_embeddings, rel=0.015)
+
+
+def test_every_size_is_held_against_its_card():
+    marks = test_parameters_are_those_of_the_model_cards.pytestmark[0].args[1]
+    assert {row[0] for row in marks} == set(QWEN25 | QWEN3)
+
+
+@needs_shared
+def test_the_7b_is_that_of_the_hub():
+    stored = json.loads((SHARED / "qwen2.5-tokenizer" / "config-7b.json").read_text())
+    known = known_shape("Qwen/Qwen2.5-7B-Instruct").to_dict()
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings"):
+        assert known[name] == stored[name]
+    assert (known["num_attention_heads"], known["num_key_value_heads"]) == (28, 4)
+
+
+def test_a_folder_goes_by_its_own_config_and_an_unknown_model_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    assert shape_of(ModelConfig(path=str(TINY / "model"))).hidden_size == 256
+    assert known_shape("Qwen/Qwen2.5-Coder-7B") is None and known_shape("meta/Llama") is None
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    assert shape_of(ModelConfig(path="Qwen/Qwen2.5-14B-Instruct")).hidden_size == 5120
+    with pytest.raises(ValueError, match="the hub could not be reached"):
+        shape_of(ModelConfig(path="someone/Qwen2.5-9B"))
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def layouts(name: str, gpus: int, shards: int | None = None) -> list[tuple[str, int]]:
+    _, config, shape = read(ROOT / "configs" / f"{name}.yaml")
+    return [(layout.accelerate, layout.shards) for layout in plan(config, shape, {"card": 79.0}, gpus, shards)]
+
+
+def test_the_ways_to_spread_a_config():
+    assert layouts("sft_qwen2.5_7b_lora", 1) == [("single.yaml", 1)]
+    assert layouts("sft_qwen2.5_7b_lora", 8) == [("ddp.yaml", 1), ("fsdp2.yaml", 8)]
+    assert layouts("sft_qwen2.5_7b_full", 16, shards=8) == [("fsdp2_hsdp.yaml", 8)]
+    assert layouts("sft_qwen2.5_7b_qlora", 8) == [("ddp.yaml", 1)], "NF4 is not sharded"
+
+
+def test_the_longest_row_of_pairs_holds_both_answers():
+    _, sft, _ = read(ROOT / "configs/sft_qwen2.5_7b_lora.yaml")
+    _, dpo, _ = read(ROOT / "configs/dpo_qwen2.5_7b_lora.yaml")
+    assert (longest_row(sft), longest_row(dpo)) == (4096, 2 * 2048)
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("plan_script", ROOT / "launch" / "plan.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FULL = f"--config={ROOT}/configs/sft_qwen2.5_7b_full.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([FULL, "--memory", "139"], 0),
+        ([FULL, "--memory", "79"], 1),
+        ([FULL, "--memory", "79", "--gpus", "8"], 0),
+        ([FULL, "--memory", "40", "--gpus", "16", "--shards", "8"], 0),
+        ([FULL, "--memory", "79", "--lora.enabled", "true"], 0),
+        ([FULL, "--memory", "79", "--batch.tokens_per_microbatch", "4096", "--model.checkpoint_layers", "0"], 1),
+    ],
+)
+def test_exit_codes(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]):
+    arguments = [word for argument in arguments for word in argument.split("=", 1)]
+    assert script().main(arguments) == code
+    shown = capsys.readouterr().out
+    assert "7.62 B parameters" in shown and "together" in shown
+    assert ("DOES NOT FIT" in shown) >= (code == 1)
+
+
+def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]):
+    assert script().main([*FULL.split("="), "--gpus", "8", "--memory", "79", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    whole, sharded = json.loads(line)["layouts"]
+    assert (whole["fits"], sharded["fits"], sharded["accelerate"]) == (False, True, "fsdp2.yaml")
+    parts = [name for name in whole if name.endswith("_bytes") and name != "total_bytes"]
+    assert sum(whole[name] for name in parts) == whole["total_bytes"]
+
+
+def test_without_a_gpu_the_usual_cards_are_planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert script().main(FULL.split("=")) == 0
+    shown = capsys.readouterr().out
+    assert all(card in shown for card in CARDS)
+    assert shown.count("DOES NOT FIT") == 3, "all but the largest"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "--gpus: must be > 0, got 0"),
+        (["--memory", "-3"], "--memory: must be > 0, got -3.0"),
+        (["--gpus", "8", "--shards", "3"], "--shards: must divide --gpus 8 and be more than 1, got 3"),
+        (["--config", "none.yaml"], "none.yaml does not exist"),
+        (["--optim.speed", "3"], "optim.speed: no such field"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        script().main(arguments)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ranks)])
+def test_real_steps(ranks: int, tmp_path: Path, scripts: ScriptRunner):
+    arguments = ["--measure", "--json", "--steps", "1", "--batch.tokens_per_microbatch", "300", "--lora.r", "4"]
+    result = scripts.run(tmp_path / "out.txt", "launch/plan.py", *arguments, ranks=ranks)
+    assert result.code == 0, result.output
+    measured = json.loads(next(line for line in result.lines if line.startswith("{")))["measured"]
+    assert measured["world_size"] == ranks and measured["tokens_per_microbatch"] == 300
+    assert measured["tokens_per_second"] == pytest.approx(2 * ranks * 300 / measured["step_seconds"], rel=0.02)
+
+
+@pytest.mark.launch
+def test_what_cannot_be_used_is_one_line(tmp_path: Path, scripts: ScriptRunner):
+    given = yaml.safe_load((TINY / "sft.yaml").read_text())
+    given["model"]["path"] = str(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(given))
+    result = scripts.run(tmp_path / "out.txt", "launch/plan.py", "--config", str(tmp_path / "mine.yaml"))
+    assert result.code == 2
+    (line,) = result.lines
+    assert line.startswith(f"error: model.path: no model config in {tmp_path}")
