@@ -119,6 +119,7 @@ def test_through_accelerate_launch(tiny: Tiny):
     train = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "mean_token_accuracy"}
     train |= {"skipped_steps", "oom_retries"}
     perf = {"tokens_per_second", "step_seconds", "model_tflops", "peak_memory_gib", "data_wait_fraction"}
+    perf |= {"compiled_graphs"}
     evaluation = {"loss", "mean_token_accuracy", "turns_ended", "exact_match", "samples_ended"}
     names = {f"{kind}/{name}" for kind, all_of in (("train", train), ("perf", perf)) for name in all_of}
     eval_names = {f"eval/{name}" for name in evaluation}
