@@ -30,7 +30,7 @@ from qwen_train.output.plan_view import (
     print_plan,
 )
 from qwen_train.train.distributed import Run
-from qwen_train.train.probe import measure
+from qwen_train.train.probe import idle_gpus, measure
 
 PIPE_WIDTH = 200
 
@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
     if not options.measure:
         layouts = plan(config, shape, memory(options), options.gpus, options.shards)
         report(options, console, describe(config, shape), layouts)
+        for note in idle_gpus(config, options.gpus):
+            print(note, file=sys.stderr)
         return 0 if any(layout.fits for layout in layouts) else 1
     run = Run(config.run.seed, config.run.deterministic)
     try:

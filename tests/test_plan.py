@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COUNTS = {"One": 1, "Two": 2, "Four": 4, "Eight": 8}
 
 
+@cache
 def read(path: Path) -> tuple[str, SFTConfig, Any]:
     config, warnings = load_config(DPOConfig if path.stem.startswith("dpo") else SFTConfig, ["--config", str(path)])
     assert warnings == []
@@ -132,7 +134,17 @@ def test_the_longest_row_of_pairs_holds_both_answers():
     assert (longest_row(sft), longest_row(dpo)) == (4096, 2 * 2048)
 
 
+@pytest.mark.parametrize(("gpus", "said"), [(32, ""), (40, "a step of 32 leaves 8 of 40 GPUs without work")])
+def test_more_gpus_than_rows(gpus: int, said: str, capsys: pytest.CaptureFixture[str]):
+    script().main([*FULL.split("="), "--memory", "79", "--gpus", str(gpus)])
+    found = capsys.readouterr().err
+    assert said in found and bool(found) == bool(said)
+
+
 # --- the script -------------------------------------------------------------------------------------------------------
+
+
+FULL = f"--config={ROOT}/configs/sft_qwen2.5_7b_full.yaml"
 
 
 def script() -> Any:
@@ -141,9 +153,6 @@ def script() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-FULL = f"--config={ROOT}/configs/sft_qwen2.5_7b_full.yaml"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,18 @@ def test_numbers_and_the_cpu_are_left_alone(monkeypatch):
     assert seen == []
 
 
+def test_more_ranks_than_rows_is_said(monkeypatch, capsys):
+    run = Run(seed=0, deterministic=False)
+    given = resolve_auto(config(), LONGEST)
+    model, optimizer = build(given)
+    for ranks in (30, 31):
+        run.world_size = ranks
+        settle(run, given, given, model, optimizer, LONGEST, SHAPE)
+    assert capsys.readouterr().out == (
+        "batch.sequences_per_step: a step of 30 leaves 1 of 31 GPUs without work; raise it, or use fewer GPUs\n"
+    )
+
+
 def test_training_is_as_without_it(monkeypatch):
     """Weights, gradients, optimizer, random state: nothing of the trial is left."""
     run = Run(seed=0, deterministic=False)

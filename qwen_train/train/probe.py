@@ -65,6 +65,17 @@ def worst_case(config: SFTConfig, vocab: int, tokens: int, longest: int) -> Batc
 # auto, measured
 
 
+def idle_gpus(config: SFTConfig, gpus: int) -> list[str]:
+    """What to say where a step has fewer rows than there are GPUs."""
+    rows = config.batch.sequences_per_step
+    if gpus <= rows:
+        return []
+    return [
+        f"batch.sequences_per_step: a step of {rows} leaves {gpus - rows} of {gpus} GPUs without work; raise it, or "
+        "use fewer GPUs"
+    ]
+
+
 def settle(
     run: Run, given: Config, config: Config, model: PackedLM, optimizer: Optimizer, longest: int, shape: Any
 ) -> Config:
@@ -75,12 +86,7 @@ def settle(
     finds out whether the layers compile, forward and backward. On the CPU, and with numbers given, that is all. Raises
     ValueError if nothing fits. Under FSDP2 a rank that runs out of memory cannot be saved, as the others wait for it.
     """
-    if run.world_size > config.batch.sequences_per_step:
-        run.note(
-            f"batch.sequences_per_step: {config.batch.sequences_per_step} a step leave "
-            f"{run.world_size - config.batch.sequences_per_step} of {run.world_size} GPUs without work; raise it, or "
-            "use fewer GPUs"
-        )
+    run.note(*idle_gpus(config, run.world_size))
     if config.model.compile:
         _try(run, model, optimizer, worst_case(config, shape.vocab_size, WARM_TOKENS, WARM_ROW))
     free = run.free_memory()
@@ -141,6 +147,7 @@ def _try(run: Run, model: PackedLM, optimizer: Optimizer, batch: Batch) -> int |
         if cuda:
             gc.collect()  # the traceback's frames may hold activations in cycles
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(run.device)  # what was tried is not what training takes
 
 
 def _forward_backward(run: Run, model: PackedLM, batch: Batch) -> None:
