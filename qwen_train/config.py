@@ -31,6 +31,8 @@ from qwen_train.loss.preference import LOSSES, LossConfig
 REPOSITORY = Path(__file__).resolve().parent.parent
 DataPaths = str | list[str | dict[str, float]]
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
+MAX_DEPTH = 20  # levels of a YAML file: sections, fields, a list, {path: weight}, and room
+MAX_MESSAGE = 1000  # characters of a line about a mistake
 TIMED_NAME = re.compile(r".+-\d{8}-\d{6}")  # a run.name that was made up from the time
 
 
@@ -481,7 +483,20 @@ def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool 
     With no `--config` in argv the embedded tiny YAML is put first (unless `embedded` is false). `--help` and
     `--print_config` print and exit. Raises ValueError with one line a problem.
     """
-    argv = list(argv)
+    try:
+        return _load_config(config_class, list(argv), embedded)
+    except ValueError as error:  # any value may be part of it
+        lines = str(error).encode(errors="backslashreplace").decode().split("\n")
+        raise ValueError("\n".join(_shortened(line) for line in lines)) from None
+    except RecursionError:
+        raise ValueError("command line: a value is nested too deeply; fields hold texts, numbers and lists") from None
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
+
+
+def _load_config(config_class: type[Config], argv: list[str], embedded: bool) -> tuple[Config, list[str]]:
     stem = config_class.__name__.removesuffix("Config").lower()
     files = [Path(path) for path in _values_of(argv, "--config")]
     by_default = not files and embedded
@@ -560,7 +575,9 @@ class _UniqueKeys(yaml.SafeLoader):
 def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
     """Dotted names of the fields a YAML file gives. Raises ValueError where it cannot be read or names no field."""
     try:
-        content = yaml.load(path.read_text(), _UniqueKeys)
+        text = path.read_text()
+        _refuse_depth(text, path)
+        content = yaml.load(text, _UniqueKeys)
     except FileNotFoundError:
         raise ValueError(f"--config: {path} does not exist; the shipped ones are in configs/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -580,6 +597,16 @@ def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
         if name not in _field_types(config_class):
             raise ValueError(f"{name}: no such field in {path}{_nearest(name, list(_field_types(config_class)))}")
     return names
+
+
+def _refuse_depth(text: str, path: Path) -> None:
+    """Refuse (ValueError) YAML that would make its readers recurse: deep nesting, aliases (a tree within itself)."""
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+            what = "has an alias (*name)" if depth <= MAX_DEPTH else f"is nested deeper than {MAX_DEPTH} levels"
+            raise ValueError(f"--config: {path} {what}; write sections, fields and their values")
 
 
 def _one_length(argv: list[str], in_files: set[str], on_command_line: set[str]) -> list[str]:

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+MAX_MESSAGE = 600  # characters of an error about a row
+MAX_DEPTH = 100  # levels of lists and objects in a row
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -40,10 +42,16 @@ class RowError(ValueError):
     """One row cannot be used: `reason` is a short key to count by, `drop` says it is left out rather than an error."""
 
     def __init__(self, reason: str, message: str, *, drop: bool = False, notes: dict[str, int] | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_printable(message))
         self.reason = reason
         self.drop = drop
         self.notes = notes or {}
+
+
+def _printable(message: str) -> str:
+    """One line of reasonable length that any terminal can print: values of a row may be anything."""
+    line = " ".join(message.encode(errors="backslashreplace").decode().split())
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
 
 
 @dataclass(frozen=True)
@@ -204,12 +212,13 @@ def _read_json(source: int, path: str) -> Iterator[RawRow]:
             yield RawRow(source, path, 0, text, has_lines=False)
         return
     try:
-        rows = _loads(text)
+        rows = json.loads(text, parse_constant=_refuse_constant)
+        texts = [json.dumps(row) for row in rows]
     except (ValueError, RecursionError) as error:
         place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         raise ValueError(f"{place}: malformed JSON: {error}; repair it, or save one object a line as .jsonl") from None
-    for index, row in enumerate(rows):
-        yield RawRow(source, path, index, json.dumps(row), has_lines=False)
+    for index, row in enumerate(texts):
+        yield RawRow(source, path, index, row, has_lines=False)
 
 
 def _load_arrow(path: str) -> Any:
@@ -263,7 +272,19 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _loads(text: str) -> Any:
-    return json.loads(text, parse_constant=_refuse_constant)
+    """JSON as the standard has it, at most MAX_DEPTH deep: what renders and counts values later recurses."""
+    value = json.loads(text, parse_constant=_refuse_constant)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        level = [value]
+        for _ in range(MAX_DEPTH):
+            level = [child for item in level for child in _children(item)]
+        if level:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _json_problem(text: str) -> str | None:
