@@ -23,8 +23,8 @@ def make_start(scripts: ScriptRunner, folder: Path, cache_dir: Path, *arguments:
     """The adapter of an SFT run of 12 steps, large enough to move every log-probability."""
     done = scripts.run(
         folder / "sft.txt", "launch/sft.py", "--run.dir", str(folder), "--run.steps", "12", "--lora.r", "4",
-        "--data.cache_dir", str(cache_dir), "--data.train", str(few_conversations(folder)), "--run.eval_samples", "2",
-        "--run.save_every", "0", *arguments,
+        "--data.cache_dir", str(cache_dir), "--data.train", str(few_conversations(folder)),
+        "--data.eval", str(TINY / "sft_eval.jsonl"), "--run.eval_samples", "2", "--run.save_every", "0", *arguments,
     )  # fmt: skip
     assert done.code == 0, done.output
     return folder / "tiny-sft" / "adapter"
