@@ -27,7 +27,12 @@ def make_batch(seed: int) -> Batch:
 
 
 def build(
-    monkeypatch: pytest.MonkeyPatch, fused: bool = True, dtype: str = "float32", lora_on: bool = True, **model: Any
+    monkeypatch: pytest.MonkeyPatch,
+    fused: bool = True,
+    dtype: str = "float32",
+    lora_on: bool = True,
+    device: str = "cpu",
+    **model: Any,
 ) -> PackedLM:
     """The tiny model with a trained-looking adapter; its feed-forward is widened, so that gate|up is stored `wide`."""
     config = AutoConfig.from_pretrained(TINY)
@@ -45,7 +50,7 @@ def build(
                 lora=LoraConfig(enabled=lora_on, r=8),
             ),
             load_tokenizer(ModelConfig(path=str(TINY))),
-            torch.device("cpu"),
+            torch.device(device),
             Path("/nonexistent"),
             is_main=False,
         )
@@ -365,7 +370,7 @@ def test_kernels_equal_torch(monkeypatch: pytest.MonkeyPatch):
     cos, sin = torch.rand(2, 300, 100, device="cuda").bfloat16()
     heads = [torch.randn(300, count, 100, device="cuda").bfloat16() for count in (5, 3, 3)]
     logits, targets = torch.randn(300, 5000, device="cuda") * 8, torch.randint(5000, (300,), device="cuda")
-    logits[0, targets[0]] = 99.0
+    logits[0, targets[0]] = 105.0
 
     def outputs() -> list[Tensor]:
         normed, scale = kernels.rms_norm(x, weight, 1e-6)
@@ -390,8 +395,43 @@ def test_kernels_equal_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "triton", None)
     for index, (one, other) in enumerate(zip(fast, outputs(), strict=True)):
         assert float((one.float() - other.float()).norm() / other.float().norm()) < 3e-3, index
+    monkeypatch.undo()
+    plain = kernels.score_logits(logits, targets, None)
+    assert torch.equal(plain.logps, fast[-5]), "DPO's reference, which needs no residual, rounds as the policy"
     miss = fast[-2]
-    assert (miss > 0).all() and float(miss.min()) < 1e-30, "the probability of all others has digits near p = 1"
+    assert (miss > 0).all() and float(miss.min()) < 1e-25, "the probability of all others has digits near p = 1"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "gap"), [("none", "float32", 1e-4), ("none", "bfloat16", 0.03), ("nf4", "bfloat16", 0.03)]
+)
+def test_equals_peft_on_a_gpu(monkeypatch: pytest.MonkeyPatch, quantization: str, dtype: str, gap: float):
+    """All kernels within the model, whose products, unlike the emulation, are the GPU's."""
+    options = {"quantization": quantization, "dtype": dtype, "device": "cuda"}
+    plain, fused = build(monkeypatch, fused=False, **options), build(monkeypatch, **options)
+    batch = make_batch(0).to("cuda")
+    one, other = logps_and_gradients(plain, batch), logps_and_gradients(fused, batch)
+    assert (one[0] - other[0]).abs().mean() < gap
+    assert farthest(one[1], other[1]) < (1e-3 if dtype == "float32" else 0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
+def test_zero_adapter_rounds_as_no_adapter_on_a_gpu(monkeypatch: pytest.MonkeyPatch, quantization: str, compile: bool):
+    model = build(monkeypatch, dtype="bfloat16", quantization=quantization, device="cuda", compile=compile)
+    batch = make_batch(2).to("cuda")
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    with torch.no_grad(), model.adapter_off():
+        reference = model(batch).logps
+    policy = model(batch).logps
+    policy.sum().backward()
+    assert torch.equal(policy, reference)
 
 
 @pytest.mark.gpu
