@@ -488,6 +488,8 @@ def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool 
     except ValueError as error:  # any value may be part of it
         lines = str(error).encode(errors="backslashreplace").decode().split("\n")
         raise ValueError("\n".join(_shortened(line) for line in lines)) from None
+    except OSError as error:  # of a text that is asked whether it names a folder
+        raise ValueError(_shortened(f"{error.filename!r}: {error.strerror}; give a path that can exist")) from None
     except RecursionError:
         raise ValueError("command line: a value is nested too deeply; fields hold texts, numbers and lists") from None
 

@@ -155,4 +155,6 @@ def test_values_of_any_length_make_a_short_line():
         load_config(SFTConfig, [f"--optim.lr={'a' * 100_000}"])
     assert len(str(caught.value)) < 1100
     with pytest.raises(ValueError, match="command line: a value is nested too deeply"):
-        load_config(SFTConfig, [f"--data.train={'[' * 3000}{']' * 3000}"])
+        load_config(SFTConfig, [f"--model.dtype={'[' * 3000}{']' * 3000}"])
+    with pytest.raises(ValueError, match="File name too long; give a path that can exist"):
+        load_config(SFTConfig, [f"--model.path={'a' * 5000}"])
