@@ -598,7 +598,8 @@ def _group(members: Sequence[Any], fp8: bool, share_storage: bool) -> None:
             member.base_layer = Fp8Base(base)
     elif share_storage:
         frozen = [torch.cat([base.weight.data for base in bases]) if len(bases) > 1 else bases[0].weight.data]
-        if bases[0].in_features < min(base.out_features for base in bases) and "wide" in FUSED:
+        widens = bases[0].in_features < min(base.out_features for base in bases)
+        if widens and len(bases) > 1 and "wide" in FUSED:  # lora_down knows no wide weight
             kind, rank = "wide", sum(member.r[member.active_adapters[0]] for member in members)
             frozen = [torch.cat([frozen[0], frozen[0].new_zeros(frozen[0].shape[0], rank)], dim=1)]
         rows = frozen[0][:, : bases[0].in_features].split([base.weight.shape[0] for base in bases])
