@@ -14,7 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_
 from qwen_train.config import DataConfig, LoraConfig, ModelConfig, SFTConfig
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
 from qwen_train.model import kernels, last_layer, load, logprobs, lora
-from qwen_train.model.frozen import backward_product, forward_product, out_features, quantize_fp8
+from qwen_train.model.frozen import backward_product, forward_product, nf4_tensors, out_features, quantize_fp8
 from qwen_train.model.load import PackedLM, load_model, load_tokenizer, trainable_parameters
 
 TINY = Path(__file__).parents[1] / "configs/tiny/model"
@@ -193,7 +193,7 @@ def test_quantised_products(quantization: str, least: float, most: float):
         frozen = []
         for weight in weights:
             packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-            frozen += lora.nf4_tensors(packed._quantize("cpu"))
+            frozen += nf4_tensors(packed._quantize("cpu"))
     assert out_features(frozen, quantization, 256) == 192
     exact = x.float() @ whole.float().T, grad.float() @ whole.float()
     got = forward_product(x, frozen, quantization, None), backward_product(grad, frozen, quantization, 256)
@@ -432,6 +432,25 @@ def test_zero_adapter_rounds_as_no_adapter_on_a_gpu(monkeypatch: pytest.MonkeyPa
     policy = model(batch).logps
     policy.sum().backward()
     assert torch.equal(policy, reference)
+
+
+def test_nf4_values_are_bitsandbytes():
+    import bitsandbytes as bnb
+
+    assert bnb.functional.get_4bit_type("nf4", device="cpu").tolist() == list(kernels.NF4_VALUES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(64, 256), (7, 320), (1100, 3584)])
+def test_nf4_is_written_out_as_bitsandbytes_does(shape: tuple[int, int]):
+    import bitsandbytes as bnb
+
+    weight = torch.randn(shape).bfloat16() * torch.rand(shape[0], 1)
+    packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).cuda()
+    out = torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16)
+    kernels.write_out_nf4(*nf4_tensors(packed), out)
+    assert torch.equal(out, bnb.functional.dequantize_4bit(packed, packed.quant_state))
 
 
 @pytest.mark.gpu

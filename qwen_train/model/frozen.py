@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_train.model.kernels import round_rows
+from qwen_train.model.kernels import on_gpu, round_rows, write_out_nf4
 
 NF4_TENSORS = 5
 NF4_BLOCK = 64
@@ -68,14 +68,13 @@ def _written_out(like: Tensor, frozen: Sequence[Tensor], kind: str, in_features:
     for index in range(0, len(frozen), NF4_TENSORS):
         packed, absmax, absmax_scales, absmax_code, offset = frozen[index : index + NF4_TENSORS]
         rows = packed.numel() * 2 // width
-        ops = torch.ops.bitsandbytes
-        scales = ops.dequantize_blockwise(absmax, absmax_scales, absmax_code, 256, torch.float32) + offset
         part = weight[start : start + rows]
-        arguments = (packed, scales, NF4_BLOCK, "nf4", part.shape, part.dtype)
-        if part.is_cuda:
-            ops.dequantize_4bit.out(*arguments, out=part)
-        else:  # bitsandbytes has no `out` there
-            part.copy_(ops.dequantize_4bit.default(*arguments))
+        if on_gpu(packed):
+            write_out_nf4(packed, absmax, absmax_scales, absmax_code, offset, part)
+        else:
+            ops = torch.ops.bitsandbytes
+            scales = ops.dequantize_blockwise.default(absmax, absmax_scales, absmax_code, 256, torch.float32) + offset
+            part.copy_(ops.dequantize_4bit.default(packed, scales, NF4_BLOCK, "nf4", part.shape, part.dtype))
         start += rows
     return weight
 

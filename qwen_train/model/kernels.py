@@ -10,6 +10,7 @@ Letters: T tokens, F features of the feed-forward layer, M columns, R ranks, H q
 dimension, C rows of a chunk, V vocabulary.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,13 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
+
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""What 4 bits mean: quantiles of a normal distribution (arXiv:2305.14314, appendix E)."""
 
 OPEN_BACKWARD = True
 """rms_norm's backward lies open to torch.compile, which adds the residual stream's gradient in the same pass."""
@@ -62,6 +70,25 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     warps = min(16, max(4, block // 512)) if whole else 8
     _round_rows_kernel[(rows,)](x, values, scale, columns, FP8_MAX, block, whole, num_warps=warps)
     return values, scale
+
+
+def write_out_nf4(
+    packed: Tensor, absmax: Tensor, absmax_scales: Tensor, absmax_code: Tensor, offset: Tensor, out: Tensor
+) -> None:
+    """Write a doubly quantised NF4 weight, as bitsandbytes packs it, to `out`; bit for bit what it writes itself.
+
+    Its own kernels for the scales and the values, three a weight, reach a third of the memory's speed. GPU only.
+    """
+    num_bytes = packed.numel()
+    _write_out_nf4_kernel[(triton.cdiv(num_bytes, 32 * 64),)](
+        packed, absmax, absmax_scales, absmax_code, offset, _nf4_values(out.device), out, num_bytes, 64,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@cache
+def _nf4_values(device: torch.device) -> Tensor:
+    return torch.tensor(NF4_VALUES, device=device)
 
 
 def swiglu(gate_up: Tensor, low: Tensor | None = None, b: Tensor | None = None, rank: int = 0) -> Tensor:
@@ -318,6 +345,20 @@ if triton is not None:
                 data = tl.load(x + row * columns + start + column, mask=mask, other=0.0).to(tl.float32)
                 tl.store(values + row * columns + start + column, (data / factor).to(tl.float8e4nv), mask=mask)
         tl.store(scale + row, factor)
+
+    @triton.jit
+    def _write_out_nf4_kernel(packed, absmax, scales, code, offset, values, out, num_bytes, BLOCKS: tl.constexpr):  # noqa: N803
+        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # of 32 bytes, 64 values
+        inside = block * 32 < num_bytes
+        index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(code + index) * tl.load(scales + block // 256, mask=inside, other=0.0) + tl.load(offset)
+        place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+        byte = tl.load(packed + place, mask=place < num_bytes, other=0).to(tl.int32)
+        first = tl.load(values + (byte >> 4)) * scale[:, None]
+        second = tl.load(values + (byte & 15)) * scale[:, None]
+        place = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+        both = tl.interleave(first, second).to(out.dtype.element_ty)
+        tl.store(out + place, both, mask=place < 2 * num_bytes)
 
     @triton.jit
     def _swiglu_kernel(gate_up, out, features, BLOCK: tl.constexpr):  # noqa: N803
