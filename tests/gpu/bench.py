@@ -322,6 +322,14 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
     return result
 
 
+def clear() -> None:
+    """Give back what the last case held: a model is full of cycles, and was frozen for the collector."""
+    torch._dynamo.reset()
+    gc.unfreeze()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "sft", "dpo", "out"):
@@ -340,9 +348,7 @@ def main() -> None:
         print(line, flush=True)
         with open(Path(args.out) / "bench.jsonl", "a") as file:
             file.write(line + "\n")
-        gc.collect()
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        clear()
 
 
 if __name__ == "__main__":

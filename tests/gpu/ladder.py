@@ -10,7 +10,6 @@ anew after every row.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -118,8 +117,7 @@ class Ladder:
         (self.out / "ladder.md").write_text(report(self.results))
         shown = {key: value for key, value in result.items() if key not in ("losses", "norms", "step_ms")}
         print(section, "|", label, "|", json.dumps(shown)[:700], flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        bench.clear()
 
     def cases(self, section: str, rows: list[Row], model: str | None = None) -> None:
         for row in rows:
