@@ -518,6 +518,10 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
         config = parser.instantiate(namespace).as_dict()
     except (argparse.ArgumentError, TypeError, yaml.YAMLError) as error:
         raise ValueError(_one_line(str(error), config_class)) from None
+    except OverflowError:  # an integer that no float can hold
+        texts = [*argv, *(path.read_text() for path in files)]
+        names = (match[1] for text in texts for match in re.finditer(r"([\w.]+)(?:=|: *)-?\d{300,}", text))
+        raise ValueError(f"{next(names, 'a number')}: is beyond 1e308; give a smaller number") from None
     config.pop("config", None)
     config = config_class(**config)
     notices: list[str] = []

@@ -156,5 +156,7 @@ def test_values_of_any_length_make_a_short_line():
     assert len(str(caught.value)) < 1100
     with pytest.raises(ValueError, match="command line: a value is nested too deeply"):
         load_config(SFTConfig, [f"--model.dtype={'[' * 3000}{']' * 3000}"])
+    with pytest.raises(ValueError, match=r"^optim\.weight_decay: is beyond 1e308; give a smaller number$"):
+        load_config(SFTConfig, [f"--optim.weight_decay={10**400}"])
     with pytest.raises(ValueError, match="File name too long; give a path that can exist"):
         load_config(SFTConfig, [f"--model.path={'a' * 5000}"])
