@@ -60,6 +60,7 @@ from qwen_train.train.saver import Saver, require_room
 
 def train(config: DPOConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
+    run.check(config)
     splits = {"data.train": config.data.train, "data.eval": config.data.eval, "data.eval_sft": config.data.eval_sft}
     find_sources(splits)  # before anything asks the hub
     config, notes = resolve_start(config)

@@ -30,6 +30,7 @@ from qwen_train.train.saver import Saver, require_room
 
 def train(config: SFTConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
+    run.check(config)
     find_sources({"data.train": config.data.train, "data.eval": config.data.eval})  # before anything asks the hub
     config, notes = resolve_start(config)
     preflight(config, run.sharded)

@@ -40,7 +40,7 @@ def forward_product(x: Tensor, frozen: Sequence[Tensor], kind: str, bias: Tensor
         for part, weight in zip(y.split([weight.shape[0] for weight in frozen], dim=1), frozen, strict=True):
             torch.mm(x, weight.T, out=part)
         return y if bias is None else y.add_(bias)
-    return F.linear(x, _written_out(x, frozen, kind), bias)
+    return F.linear(x, written_out(x, frozen, kind), bias)
 
 
 def backward_product(grad: Tensor, frozen: Sequence[Tensor], kind: str, in_features: int) -> Tensor:
@@ -55,10 +55,10 @@ def backward_product(grad: Tensor, frozen: Sequence[Tensor], kind: str, in_featu
         for part, weight in zip(grad.split([weight.shape[0] for weight in frozen], dim=1), frozen, strict=True):
             grad_x.addmm_(part, weight)
         return grad_x
-    return grad @ _written_out(grad, frozen, kind, in_features)
+    return grad @ written_out(grad, frozen, kind, in_features)
 
 
-def _written_out(like: Tensor, frozen: Sequence[Tensor], kind: str, in_features: int | None = None) -> Tensor:
+def written_out(like: Tensor, frozen: Sequence[Tensor], kind: str, in_features: int | None = None) -> Tensor:
     """The group's weight [O, I] in `like`'s dtype."""
     if kind == "dense":
         return frozen[0]
@@ -103,8 +103,7 @@ def fp8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """x[n, m] @ weight[o, m]^T + bias[o], x rounded to e4m3 row by row; scale[1, o] is the weight's. In x's dtype."""
     values, x_scale = round_rows(x)
     if x.is_cuda:
-        return torch._scaled_mm(
-            values, weight.T, scale_a=x_scale, scale_b=scale, bias=bias, out_dtype=x.dtype, use_fast_accum=True
-        )
+        y = torch._scaled_mm(values, weight.T, scale_a=x_scale, scale_b=scale, out_dtype=x.dtype, use_fast_accum=True)
+        return y if bias is None else y.add_(bias)
     y = (values.float() * x_scale) @ (weight.float() * scale.T).T  # the same arithmetic, for tests
     return (y if bias is None else y + bias.float()).to(x.dtype)

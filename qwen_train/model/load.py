@@ -41,6 +41,7 @@ from qwen_train.model.adapters import (
 )
 from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
 from qwen_train.model.compile import DecoderLayers
+from qwen_train.model.kernel_check import check_kernels
 from qwen_train.model.last_layer import keep_supervised_rows
 from qwen_train.model.logprobs import TokenScores, token_logprobs
 from qwen_train.model.lora import fuse_lora, fuse_norms
@@ -321,6 +322,8 @@ def load_model(
     keep_supervised_rows(layers[-1])
     model.layers = DecoderLayers(layers, config.model.compile, config.lora.enabled and config.lora.dropout > 0)
     model.layers.recompute(count)
+    if device.type == "cuda":
+        check_kernels(model_config, config.model.quantization, config.lora.r, device)
     return model.train()  # transformers loads in evaluation mode
 
 

@@ -1,0 +1,109 @@
+"""Before a run trusts the Triton kernels: each against plain torch on this GPU, at the model's widths.
+
+They are compiled for whatever GPU, driver and Triton the machine has; a wrong value would be a wrong model, in silence.
+It costs the compilation, which the first step would have done.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_train.model import kernels
+from qwen_train.model.frozen import fp8_product, quantize_fp8, written_out
+from qwen_train.model.logprobs import chunk_scores
+
+ROWS = 67
+"""Tokens of a check: no multiple of any tile."""
+TOLERANCE = 2e-2
+"""Largest difference, as a share of the largest value: several roundings to bf16, each of 1/256."""
+
+Check = tuple[str, Callable[[], Any]]
+
+
+def check_kernels(model_config: Any, quantization: str, rank: int, device: torch.device) -> None:
+    """Turn the kernels off, with a warning of one line, if any of them fails or gives other values than torch."""
+    if not kernels.on_gpu(torch.empty(0, device=device)):
+        return
+    with torch.no_grad():
+        for name, run in _checks(model_config, quantization, rank, device):
+            problem = _problem(run)
+            if problem is not None:
+                kernels.turn_off()
+                warnings.warn(
+                    f"kernels: {name} cannot be trusted on this GPU ({problem}); plain torch takes the place of all "
+                    "kernels: slower, and the same values",
+                    stacklevel=2,
+                )
+                return
+
+
+def _problem(run: Callable[[], Any]) -> str | None:
+    """How a function's result with the kernels differs from that without; None if it does not."""
+    with kernels.turned_off():
+        expected = _tensors(run())
+    try:
+        found = _tensors(run())
+        if found[0].is_cuda:
+            torch.cuda.synchronize()
+    except Exception as error:  # whatever a compiler or a driver raises: the run goes on without its kernels
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    for left, right in zip(expected, found, strict=True):
+        left, right = left.float(), right.float()
+        difference = float((left - right).abs().max() / left.abs().max().clamp(min=1e-6))
+        if not difference <= TOLERANCE:  # not so for nan
+            return f"values differ by {difference:.1e} of the largest"
+    return None
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [value for value in result if isinstance(value, Tensor)]
+
+
+def _checks(config: Any, quantization: str, rank: int, device: torch.device) -> Iterator[Check]:
+    """Each kernel on random values; every call makes its inputs anew, since some work in place."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    hidden, features, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+
+    def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        generator = torch.Generator(device).manual_seed(len(shape) + sum(shape))
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+    low, b, a = partial(draw, ROWS, 2 * rank), partial(draw, 2 * features, rank, scale=0.02), draw(rank, features)
+    gate_up, grad = partial(draw, ROWS, 2 * features), draw(ROWS, features)
+    yield "swiglu", lambda: kernels.swiglu(gate_up())
+    yield "swiglu with adapters", lambda: kernels.swiglu(gate_up(), low(), b(), rank)
+    yield "swiglu's backward", lambda: kernels.swiglu_backward(grad, gate_up())
+    yield "swiglu's backward with adapters", lambda: kernels.swiglu_backward(grad, gate_up(), draw(ROWS, rank), a)
+    x, weight = draw(ROWS, hidden), draw(hidden)
+    yield "rms_norm", lambda: kernels.rms_norm(x, weight, 1e-6)
+    scale = torch.rsqrt(x.float().pow(2).mean(dim=1) + 1e-6)
+    yield "rms_norm's backward", lambda: kernels.rms_norm_backward(draw(ROWS, hidden, scale=0.5), x, weight, scale)
+    cos, sin = draw(ROWS, head_dim), draw(ROWS, head_dim, scale=0.9)
+    qkv = draw(ROWS, (heads + 2 * kv_heads) * head_dim)
+    yield "rotary", lambda: kernels.rotary(qkv, cos, sin, heads, kv_heads)
+    grads = [draw(ROWS, count, head_dim) for count in (heads, kv_heads, kv_heads)]
+    yield "rotary's backward", lambda: kernels.rotary_backward(*grads, cos, sin)
+    targets = torch.arange(ROWS, device=device) * (vocabulary // ROWS)
+
+    def score() -> tuple[Tensor, ...]:
+        logits = draw(ROWS, vocabulary, scale=3.0, dtype=torch.float32)
+        scorer = kernels.score_logits if kernels.on_gpu(logits) else chunk_scores
+        scores = scorer(logits, targets, torch.bfloat16)
+        assert scores.residual is not None
+        return scores.logps, scores.is_argmax, scores.logsumexp, scores.miss, scores.residual
+
+    yield "score_logits", score
+    if quantization == "fp8":
+        stored = quantize_fp8(draw(hidden, features, scale=0.02))
+        yield "round_rows", lambda: fp8_product(grad, stored[0], stored[1])
+    if quantization == "nf4":
+        from bitsandbytes.functional import quantize_4bit  # costs seconds, and only this mode needs it
+
+        packed, state = quantize_4bit(draw(features, hidden, scale=0.02), quant_type="nf4", compress_statistics=True)
+        frozen = [packed, state.absmax, state.state2.absmax, state.state2.code, state.offset]
+        yield "write_out_nf4", lambda: written_out(x, frozen, "nf4")
