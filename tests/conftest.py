@@ -44,3 +44,10 @@ def scripts() -> Iterator[ScriptRunner]:
     server = ForkServer()
     yield server
     server.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests counted (`record_property`): kills, spoilt rows, seconds; also from workers of xdist."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid.split('/')[-1]}: {name}: {value}")
