@@ -466,8 +466,8 @@ def from_command_line(config_class: type[Config]) -> tuple[Config, list[str]]:
 
 
 def refuse_alike(message: str) -> NoReturn:
-    """End with code 2 for what every process finds wrong; the first that a launcher has started says so."""
-    if os.environ.get("RANK", "0") == "0":
+    """End with code 2 for what every process finds wrong; the first of each machine says so."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print_errors(message)
     sys.exit(2)
 

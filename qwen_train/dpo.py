@@ -40,7 +40,7 @@ from qwen_train.train.evaluate import (
     side_by_side,
     under,
 )
-from qwen_train.train.folder import due, open_run, record_config, restore, save, save_asked
+from qwen_train.train.folder import due, open_run, record_config, require_shared, restore, save, save_asked
 from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -74,6 +74,8 @@ def train(config: DPOConfig, run: Run) -> None:
         run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
         return
 
+    require_shared(run, folder)
+
     # -- data ---------------------------------------------------------------------------------------------------------
     tokenize = functools.partial(
         tokenize_preferences,
@@ -84,6 +86,7 @@ def train(config: DPOConfig, run: Run) -> None:
         cache_dir=config.data.cache_dir,
     )
     data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
+    run.require_alike("data.train", data.fingerprint)
     run.note(f"data.train: {data.report.summary()}")
     lengths = packed_lengths(data.dataset, config.reference.share_prompt)
     collate = collate_preferences(data.dataset, config.reference.share_prompt)
@@ -93,11 +96,13 @@ def train(config: DPOConfig, run: Run) -> None:
     held_out = skills = None
     if config.data.eval:
         eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
+        run.require_alike("data.eval", eval_data.fingerprint)
         run.note(f"data.eval: {eval_data.report.summary()}")
         held_out = hold_out_pairs(eval_data, config)
     if held_out and config.data.eval_sft:
         tokenize_sft = functools.partial(tokenize_conversations, **tokenize.keywords | {"format": "auto"})
         sft_data = run.main_first(functools.partial(tokenize_sft, config.data.eval_sft, name="data.eval_sft"))
+        run.require_alike("data.eval_sft", sft_data.fingerprint)
         run.note(f"data.eval_sft: {sft_data.report.summary()}")
         skills = hold_out(sft_data, collate_conversations(sft_data.dataset), Template(tokenizer), config)
     stream = Stream(

@@ -18,7 +18,7 @@ from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Interrupted, Run
 from qwen_train.train.evaluate import evaluate_sft, hold_out, sample_answers
-from qwen_train.train.folder import due, open_run, record_config, restore, save, save_asked
+from qwen_train.train.folder import due, open_run, record_config, require_shared, restore, save, save_asked
 from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -40,6 +40,8 @@ def train(config: SFTConfig, run: Run) -> None:
         run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
         return
 
+    require_shared(run, folder)
+
     # -- data ---------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
     shape = load_model_config(config.model)
@@ -52,6 +54,7 @@ def train(config: SFTConfig, run: Run) -> None:
         cache_dir=config.data.cache_dir,
     )
     data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
+    run.require_alike("data.train", data.fingerprint)
     run.note(f"data.train: {data.report.summary()}")
     longest = int(data.column("length").max())
     config = resolve_auto(folder.config, longest, shape, run.free_memory(), run.shards)
@@ -59,6 +62,7 @@ def train(config: SFTConfig, run: Run) -> None:
     held_out = None
     if config.data.eval:
         eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
+        run.require_alike("data.eval", eval_data.fingerprint)
         run.note(f"data.eval: {eval_data.report.summary()}")
         held_out = hold_out(eval_data, collate_conversations(eval_data.dataset), Template(tokenizer), config)
     stream = Stream(

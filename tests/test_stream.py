@@ -521,7 +521,7 @@ def test_a_dead_worker_is_reported_with_the_remedy():
         return collate(rows)
 
     before = children()
-    with pytest.raises(RuntimeError, match=r"data\.workers: a worker .* died before step \d+ .*lower data\.workers"):
+    with pytest.raises(RuntimeError, match=r"data\.workers: a worker .* died .*lower data\.workers"):
         list(prefetch(make(collate=die), range(40), workers=2, pin_memory=False))
     assert children() == before
 

@@ -319,18 +319,27 @@ def _collated_by_workers(
             try:
                 shipment = next(iterator)
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or "Caught" in str(error):
+                if (death := worker_death(error)) is None:
                     raise
-                reason = str(error).splitlines()[0]
-                raise RuntimeError(
-                    f"data.workers: a worker that collates batches died before step {step} ({reason}); most often "
-                    "the machine is out of memory: lower data.workers (0 collates in the main process)"
-                ) from error
+                raise RuntimeError(f"{death} [step {step}]") from error
             if isinstance(shipment, ValueError):
                 raise shipment
             yield shipment.unload() if isinstance(shipment, _Shipment) else shipment
     finally:
         iterator._shutdown_workers()  # type: ignore[attr-defined]  # now, not when the last traceback lets go of it
+
+
+def worker_death(error: RuntimeError) -> str | None:
+    """What to say of an error by which torch tells, wherever the main process is, that a worker has died."""
+    text = str(error).strip()
+    if "DataLoader worker" not in text or "Caught" in text:
+        return None
+    if text.startswith("data.workers: "):
+        return text
+    return (
+        f"data.workers: a worker that collates batches died ({text.splitlines()[0].rstrip('. ')}); most often "
+        "the machine is out of memory: lower data.workers (0 collates in the main process)"
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from qwen_train.train.blocks import Shard
+from qwen_train.train.peers import Departure, Member, Peers
 from qwen_train.train.sharding import check_shardable, fill, gather, judge_settings, own_shard, shard
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Run:
             _die_with_parent()
         self.stop_signal: signal.Signals | None = None
         self._signal_time = 0.0
+        self.asked_elsewhere = ""
         self.is_training = False
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
@@ -75,6 +77,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         asked = int(os.environ.get("WORLD_SIZE") or _asked_of_launcher())
+        self.peers = _meet_peers()
         # Mixed precision is our own affair (masters in fp32, compute in bf16), so accelerate's autocast stays off.
         # Without a GPU accelerate must be told of the CPU, or it starts no process group whatever its YAML says.
         self.accelerator = Accelerator(
@@ -134,7 +137,10 @@ class Run:
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to leave (a collective, so that all ranks leave together)."""
-        return self.maximum(float(self.stop_signal is not None)) > 0
+        asked = int(self.maximum(float(self.rank + 1 if self.stop_signal is not None else 0)))
+        if asked and self.stop_signal is None and self.peers is not None:
+            self.asked_elsewhere = f", since {self.peers.members[asked - 1]} was told to"
+        return asked > 0
 
     # -- collectives ----------------------------------------------------------------------------------------------
 
@@ -186,39 +192,53 @@ class Run:
             dist.barrier()
 
     def main_first(self, function: Callable[[], T]) -> T:
-        """`function()` on rank 0, then on the others: they find its result in a cache.
+        """`function()` on rank 0, then on the first rank of every other machine, then on the rest.
 
-        The others ask the rendezvous store now and then: a collective's timeout would be too short for a long
-        tokenisation, and a wait inside of the store would be deaf to signals.
+        Those who come later find the result in a cache; a machine that does not share rank 0's makes its own. They ask
+        the rendezvous store now and then: a collective's timeout would be too short for a long tokenisation, and a wait
+        inside of the store would be deaf to signals.
         """
         self._preparations += 1
-        if self.world_size == 1:
+        if self.peers is None:
             return function()
-        store = dist.distributed_c10d._get_default_store()
-        key = f"qwen_train/prepared/{self._preparations}"
-        if self.is_main:
-            result = function()
-            store.set(key, "done")
-            return result
-        deadline = time.monotonic() + PREPARATION_TIMEOUT.total_seconds()
-        while not store.check([key]):
-            assert time.monotonic() < deadline, f"rank 0 did not finish in {PREPARATION_TIMEOUT}"
-            time.sleep(0.1)
-        return function()
+        first = self.peers.first_of_machine()
+        if not self.is_main:
+            self.posted(f"prepared/{self._preparations}/{0 if self.rank == first else first}", PREPARATION_TIMEOUT)
+        result = function()
+        if self.rank == first:
+            self.post(f"prepared/{self._preparations}/{self.rank}", True)
+        return result
+
+    def require_alike(self, what: str, value: Any) -> None:
+        """Refuse (ValueError) a plain value that is not the same on every rank, such as one of another machine."""
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                assert self.peers is not None
+                raise ValueError(
+                    f"{what}: {self.peers.members[rank]} has another than {self.peers.members[0]}; give all "
+                    "machines the same files, command line and versions of the packages"
+                )
 
     def post(self, name: str, value: Any) -> None:
         """Leave a JSON value for the other ranks. No collective: from any thread, and without waiting."""
-        dist.distributed_c10d._get_default_store().set(f"qwen_train/{name}", json.dumps(value))
+        dist.distributed_c10d._get_default_store().set(self._key(name), json.dumps(value))
 
-    def posted(self, name: str) -> Any:
-        """What some rank posts under `name`, as soon as it is there. Raises TimeoutError after `TIMEOUT`."""
+    def posted(self, name: str, timeout: datetime.timedelta = TIMEOUT) -> Any:
+        """What some rank posts under `name`, as soon as it is there. Raises TimeoutError, and PeerError if one dies."""
         store = dist.distributed_c10d._get_default_store()
-        deadline = time.monotonic() + TIMEOUT.total_seconds()
-        while not store.check([f"qwen_train/{name}"]):
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not store.check([self._key(name)]):
+            if self.peers is not None:
+                self.peers.check()
             if time.monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, f"no word from another rank in {TIMEOUT} ({name})")
+                raise TimeoutError(errno.ETIMEDOUT, f"no word from another rank in {timeout} ({name})")
             time.sleep(0.02)
-        return json.loads(store.get(f"qwen_train/{name}"))
+        return json.loads(store.get(self._key(name)))
+
+    def _key(self, name: str) -> str:
+        """Of the store, which a launcher that restarts the processes may keep."""
+        return f"qwen_train/{self.peers.token if self.peers else ''}/{name}"
 
     # -- gradients ------------------------------------------------------------------------------------------------
 
@@ -301,9 +321,52 @@ class Run:
                 gathered[name] = full.cpu()
         return gathered
 
-    def close(self) -> None:
-        if self.world_size > 1:
-            dist.destroy_process_group()
+    def departure(self, error: BaseException) -> Departure | None:
+        """The rank whose going has led to `error`; a collective may fail a moment before its connection here breaks."""
+        if self.peers is None:
+            return None
+        return self.peers.gone(2.0 if isinstance(error, RuntimeError) else 0.0)
+
+    def close(self, reason: str = "") -> None:
+        """Leave the other ranks; with a reason if they cannot go on either."""
+        if self.peers is not None:
+            self.peers.close(reason)
+            if not reason:
+                dist.destroy_process_group()
+
+
+def _meet_peers() -> Peers | None:
+    """The processes that the launcher has started on all machines; None for one alone.
+
+    Before accelerate brings up NCCL or gloo: with a rank that has no GPU that would wait for its timeout. Raises
+    ValueError, on every rank alike.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return None
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    device = "cpu" if wants_cpu or not gpus else "cuda"
+    if device == "cuda" and local_rank >= gpus:
+        device = f"no GPU: {gpus} are visible to process {local_rank + 1} of its machine"
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    peers = Peers(store, rank, world_size, os.environ["MASTER_ADDR"], device)
+    check_devices(peers.members)
+    return peers
+
+
+def check_devices(members: Sequence[Member]) -> None:
+    """Refuse (ValueError) ranks of which some lack a GPU."""
+    for member in members:
+        if member.device.startswith("no GPU"):
+            raise ValueError(
+                f"accelerate: {member} has {member.device}; lower --num_processes, or see to CUDA_VISIBLE_DEVICES"
+            )
+        if member.device != members[0].device:
+            raise ValueError(
+                f"accelerate: {member} computes on {member.device}, {members[0]} on {members[0].device}; see to the "
+                "driver and CUDA_VISIBLE_DEVICES of the one without a GPU, or set use_cpu: true for all"
+            )
 
 
 def _seed(*parts: int) -> int:

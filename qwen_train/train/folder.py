@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
+import signal
 import sys
 import time
 import uuid
@@ -21,6 +23,7 @@ from torch.optim import Optimizer
 from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, print_errors, refuse_alike, to_yaml
+from qwen_train.data.stream import worker_death
 from qwen_train.model.load import PackedLM, load_trainable, trainable_parameters
 from qwen_train.train.checkpoint import (
     STEP_FOLDER,
@@ -42,8 +45,14 @@ from qwen_train.train.files import (
 )
 from qwen_train.train.metrics import this_process, write_status
 from qwen_train.train.optim import load_optimizer_state, optimizer_state
+from qwen_train.train.peers import Departure
 from qwen_train.train.saver import Saver
 from qwen_train.train.sharding import read_like
+
+SHARED_SECONDS = 30.0  # that a network file system may take to show a new file
+
+OWN_FIELDS = (("run", "name"), ("data", "cache_dir"), ("data", "workers"))
+"""What ranks may differ in: a name that is made up from the time (rank 0's counts), and how each makes its batches."""
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +187,22 @@ def _with_history(config: SFTConfig, history: tuple[str, ...]) -> bytes:
 def _read_history(path: Path) -> tuple[str, ...]:
     lines = (path / "config.yaml").read_text().splitlines()
     return tuple(line.removeprefix("# ") for line in lines if line.startswith(f"# {CHANGED}"))
+
+
+def require_shared(run: Run, folder: RunFolder) -> None:
+    """Refuse (ValueError) a run.dir that other machines do not see, where they have to read or write checkpoints."""
+    if run.world_size == 1 or not (run.sharded or folder.checkpoint):
+        return
+    place, deadline = folder.path / "run_id", time.monotonic() + SHARED_SECONDS
+    while not (place.exists() and place.read_text() == folder.run_id) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    seen = run.gather(place.exists() and place.read_text() == folder.run_id)
+    if not all(seen):
+        assert run.peers is not None
+        raise ValueError(
+            f"run.dir: {run.peers.members[seen.index(False)]} does not see {folder.path} as rank 0 does; put run.dir "
+            "on a file system that all machines share"
+        )
 
 
 def record_config(run: Run, folder: RunFolder, config: SFTConfig) -> None:
@@ -359,32 +384,70 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
         run = Run(config.run.seed, config.run.deterministic)
     except ValueError as error:
         refuse_alike(str(error))
+    except Interrupted as error:  # while the processes were still finding each other
+        print(error, flush=True)
+        sys.exit(128 + signal.SIGTERM)
     assert config.run.name is not None
     folder = Path(config.run.dir) / config.run.name
     if run.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if run.peers is not None:
+        run.peers.when_gone(lambda departure: os._exit(_follow(run, folder, config.run.name, departure)))
     try:
+        require_one_config(run, config)
         train(config, run)
     except BaseException as error:
         early = run.stop_signal is not None and not run.is_training
+        run.begin()  # from here on a signal is only noted: the way out is taken already
+        departure = None if isinstance(error, ValueError) else run.departure(error)
+        if departure is not None and not (early and departure.reason):
+            sys.exit(_follow(run, folder, config.run.name, departure))
         # Libraries that a signal cuts short before training clean up with errors of their own.
         cause = Interrupted(START_INTERRUPTED) if early else error
         if isinstance(cause, Interrupted):
-            reason = f"{cause}; {_how_to_go_on(config.run.name)}"
+            reason = f"{cause}{run.asked_elsewhere}; {_how_to_go_on(config.run.name)}"
             run.note(reason)
             _report(run, folder, "interrupted", reason)
-            run.close()
+            run.close(reason if early else "")  # in training all ranks leave together
             sys.exit(128 + (run.stop_signal or 15))
         if isinstance(cause, ValueError):
             _refuse(run, folder, "refused", str(cause))
         if isinstance(cause, torch.OutOfMemoryError):
             _refuse(run, folder, "failed", _memory_problem(cause))
+        if isinstance(cause, RuntimeError) and (death := worker_death(cause)) is not None:
+            _refuse(run, folder, "failed", death)
         if isinstance(cause, OSError) and (problem := _disk_problem(cause)) is not None:
             _refuse(run, folder, "failed", problem)
-        _report(run, folder, "failed", f"{type(cause).__name__}: {cause}")
+        reason = f"{type(cause).__name__}: {cause}"
+        _report(run, folder, "failed", reason)
+        run.close(reason)
         raise
     run.close()
+
+
+def require_one_config(run: Run, config: SFTConfig) -> None:
+    """Refuse (ValueError) other values on some ranks than on rank 0, such as a file that was changed on one machine."""
+    values = as_dict(config)
+    for section, name in OWN_FIELDS:
+        del values[section][name]
+    run.require_alike("config", values)
+
+
+def _follow(run: Run, folder: Path, name: str | None, departure: Departure) -> int:
+    """Report that another rank has gone, without which this one cannot go on; the exit code.
+
+    The first rank that is left of each machine says so; not beside one that has said itself why it leaves.
+    """
+    assert run.peers is not None and name is not None
+    reason = f"{departure}".splitlines()[0] + f"; {_how_to_go_on(name)}"
+    _report(run, folder, "failed", reason)
+    gone = departure.member
+    has_spoken = departure.reason and gone.machine == run.peers.me.machine
+    if not has_spoken and run.rank == run.peers.first_of_machine(without=[gone.rank]):
+        print_errors(reason)
+    run.close(reason)
+    return 1
 
 
 def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> NoReturn:
@@ -393,6 +456,7 @@ def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> NoReturn:
         delete_folder(folder)
     else:
         _report(run, folder, outcome, reason)
+    run.close(reason)
     if not run.is_main:
         # Most often rank 0 has met the same and says so, and this process is ended meanwhile.
         time.sleep(2)
