@@ -43,9 +43,14 @@ def start(world_size: int, devices: tuple[str, ...] = ()) -> list[Peers]:
         return [peers.result(20) for peers in made]
 
 
+@pytest.fixture(autouse=True)
+def nobody_ends_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose peers have gone ends after `PATIENCE`; these are threads of this one."""
+    monkeypatch.setattr(module, "_end", lambda departure: None)
+
+
 @pytest.fixture
-def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Peers]]:
-    monkeypatch.setattr(module, "_end", lambda departure: None)  # what is over must not end pytest
+def three() -> Iterator[list[Peers]]:
     peers = start(3)
     yield peers
     for one in peers:
