@@ -157,10 +157,19 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
         return RunFolder(path, config, True, run_id, None, tuple(notes))
     notes += clean_leftovers(path) + clean_leftovers(path / "checkpoints")
     checkpoint, history = _named_checkpoint(config)
-    if checkpoint is None:
-        checkpoint, skipped = find_checkpoint(path / "checkpoints")
+    checkpoints = path / "checkpoints"
+    if checkpoint is None or checkpoint.resolve().parent != checkpoints.resolve():
+        # One of another run is where this one began: the same command, run again, must not throw away what it has done.
+        own, skipped = find_checkpoint(checkpoints)
+        if own is None and skipped:
+            reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in skipped)
+            raise ValueError(
+                f"run.resume: no checkpoint in {checkpoints} is whole ({reasons}); see to the disk, or to start anew "
+                "delete them or choose another run.name"
+            )
         notes += [f"{folder}: skipped, {reason}" for folder, reason in skipped]
-        history = _accepted(changes, checkpoint)
+        if checkpoint is None or own is not None:
+            checkpoint, history = own, _accepted(changes, own)
     notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting anew")
     notes += history
     history = (*_read_history(path), *history)
@@ -452,7 +461,8 @@ def _follow(run: Run, folder: Path, name: str | None, departure: Departure) -> i
 
 def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> NoReturn:
     """Leave with code 2 and `reason`; a folder in which nothing was trained yet is taken away again."""
-    if run.is_main and _is_ours(folder) and not (folder / "metrics.jsonl").exists():
+    untrained = not (folder / "metrics.jsonl").exists() and not (folder / "checkpoints").exists()
+    if run.is_main and untrained and _is_ours(folder):
         delete_folder(folder)
     else:
         _report(run, folder, outcome, reason)

@@ -97,6 +97,56 @@ def test_other_data_go_on_only_if_they_are_told_to(runs: Runs):
     assert runs.run("data", f"--data.train={rows}").code == 0
 
 
+def test_a_command_that_names_a_checkpoint_may_be_run_again(runs: Runs, whole: Path):
+    """A scheduler requeues the same words: the run goes on from its own newest checkpoint, not from where it began."""
+    named = f"--run.resume={whole}/checkpoints/step-{STEPS - 2:06d}"
+    words = (named, "--run.save_every=1")
+    first = runs.folder / f"requeued/checkpoints/step-{STEPS - 1:06d}"
+    result = runs.run("requeued", *words, meanwhile=terminate_when(first.exists, signal.SIGKILL))
+    assert result.code == -signal.SIGKILL and runs.status("requeued")["outcome"] == "running", result.output
+    result = runs.run("requeued", *words)
+    assert result.code == 0 and f"going on from {runs.folder}/requeued/checkpoints/step-" in result.output
+    assert [line["step"] for line in read_metrics(runs.folder / "requeued")] == [STEPS - 1, STEPS]
+
+
+def test_checkpoints_that_cannot_be_read_are_no_reason_to_start_anew(runs: Runs, whole: Path):
+    """A disk that fails for a while: the run says so and leaves everything as it is; later it goes on."""
+    stopped(runs, "unread")
+    before = {path: digest(path) for path in (runs.folder / "unread").rglob("*") if path.is_file()}
+    unreadable = """
+import builtins
+from qwen_train.train import checkpoint
+def failing(path, *how):
+    if "model.safetensors" in str(path):
+        raise OSError(5, "Input/output error")
+    return builtins.open(path, *how)
+checkpoint.open = failing
+"""
+    line = error(runs.run("unread", prelude=unreadable))
+    assert "unread/checkpoints is whole" in line and "see to the disk" in line
+    assert all(
+        f"{name}: model.safetensors cannot be read (Input/output error)" in line for name in names(runs, "unread")
+    )
+    assert before == {path: digest(path) for path in (runs.folder / "unread").rglob("*") if path.is_file()}
+    assert runs.run("unread").code == 0
+    same_end(whole, runs.folder / "unread")
+
+
+def names(runs: Runs, name: str) -> list[str]:
+    return sorted(path.name for path in (runs.folder / name / "checkpoints").iterdir())
+
+
+def test_a_refused_run_keeps_its_checkpoints_whatever_else_is_missing(runs: Runs):
+    rows = runs.folder / "other.jsonl"
+    rows.write_text((runs.folder / "sft_train.jsonl").read_text())
+    stopped(runs, "tidied", f"--data.train={rows}")
+    (runs.folder / "tidied/metrics.jsonl").unlink()
+    saved = names(runs, "tidied")
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    assert "the data are no longer those" in error(runs.run("tidied", f"--data.train={rows}"))
+    assert names(runs, "tidied") == saved
+
+
 # --- a finished run ---------------------------------------------------------------------------------------------------
 
 
