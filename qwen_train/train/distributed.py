@@ -321,11 +321,15 @@ class Run:
                 gathered[name] = full.cpu()
         return gathered
 
-    def departure(self, error: BaseException) -> Departure | None:
-        """The rank whose going has led to `error`; a collective may fail a moment before its connection here breaks."""
-        if self.peers is None:
+    def departure(self, error: BaseException, told: bool) -> Departure | None:
+        """The rank whose going has led to `error`, or to this process being told to leave; None if it is its own error.
+
+        A collective may fail a moment before the connection to the one that has gone breaks.
+        """
+        by_others = isinstance(error, RuntimeError | TimeoutError) and not isinstance(error, torch.OutOfMemoryError)
+        if self.peers is None or not (by_others or told):
             return None
-        return self.peers.gone(2.0 if isinstance(error, RuntimeError) else 0.0)
+        return self.peers.gone(2.0 if by_others else 0.0)
 
     def close(self, reason: str = "") -> None:
         """Leave the other ranks; with a reason if they cannot go on either."""

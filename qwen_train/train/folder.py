@@ -409,7 +409,7 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
     except BaseException as error:
         early = run.stop_signal is not None and not run.is_training
         run.begin()  # from here on a signal is only noted: the way out is taken already
-        departure = None if isinstance(error, ValueError) else run.departure(error)
+        departure = run.departure(error, early)
         if departure is not None and not (early and departure.reason):
             sys.exit(_follow(run, folder, config.run.name, departure))
         # Libraries that a signal cuts short before training clean up with errors of their own.
