@@ -12,14 +12,16 @@ import signal
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from qwen_train.config import OptimConfig
 from qwen_train.train.folder import Progress
-from qwen_train.train.guard import judge, z_score
+from qwen_train.train.guard import Guard, judge, z_score
 from tests.scripts import TINY, Result, ScriptRunner, num_lines, read_metrics, terminate_when
 from tests.test_fsdp import SHARDING
 
@@ -425,6 +427,18 @@ def test_a_number_given_anew_replaces_the_smaller_budget(runs: Runs):
     assert runs.start("budget-given", *arguments, prelude=plant, meanwhile=stopping).code == 128 + signal.SIGTERM
     given = runs.finish("budget-given", *arguments, f"--batch.tokens_per_microbatch={2 * BUDGET}")
     assert state(given, 12)["tokens_per_microbatch"] is None and state(given, 12)["oom_retries"] == 1
+
+
+@pytest.mark.parametrize(("kept", "longest", "budget"), [(100, 80, 100), (100, 130, 130), (None, 130, BUDGET)])
+def test_a_smaller_budget_of_before_holds_rows_that_are_longer_now(
+    tmp_path: Path, kept: int | None, longest: int, budget: int
+):
+    """Other data were accepted, or prompts are no longer shared."""
+    run: Any = SimpleNamespace(is_main=True)
+    stream: Any = SimpleNamespace(lengths=np.array([20, longest]), tokens_per_microbatch=BUDGET)
+    nothing: Any = None
+    Guard(run, tmp_path, OPTIM, nothing, stream, Progress(tokens_per_microbatch=kept), nothing, nothing)
+    assert stream.tokens_per_microbatch == budget
 
 
 @pytest.mark.launch

@@ -87,6 +87,7 @@ class Run:
         )
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))  # of them on this machine
         self.is_main = self.rank == 0
         self.device = self.accelerator.device
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP

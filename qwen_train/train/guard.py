@@ -83,7 +83,8 @@ class Guard:
         if run.is_main:
             cut_lines(self.path, progress.step)
         if progress.tokens_per_microbatch is not None:
-            stream.tokens_per_microbatch = progress.tokens_per_microbatch
+            longest = int(stream.lengths.max())  # the rows may be longer now: other data, prompts no longer shared
+            stream.tokens_per_microbatch = max(progress.tokens_per_microbatch, longest)
         self.microbatches: MicroBatches | None = None
 
     # -- memory ---------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FREE_SHARE = 0.5
 """Share of the free memory that copies may take; a larger state is written from where it lies, and the loop waits."""
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Saver:
@@ -68,7 +69,7 @@ class Saver:
         `first` is called in the thread before anything is written. Raises SaveError if the save before this one failed.
         """
         self.wait()
-        copy = _fits(tensors)
+        copy = _fits(tensors, self._copies)
         if copy:
             self._copies, ready = copied(tensors, self._copies)
 
@@ -92,7 +93,7 @@ class Saver:
         self._count += 1
         meeting = f"save-{self._count}"
         tensors = {stem: {name: block.tensor for name, block in flat.items()} for stem, flat in shard.blocks.items()}
-        copy = _fits(tensors)
+        copy = _fits(tensors, self._copies, run.local_world_size)
         if copy:
             self._copies, ready = copied(tensors, self._copies)
             blocks = {
@@ -188,10 +189,25 @@ def _write_files(folder: Path, shard: Shard) -> tuple[dict[str, FileEntry], OSEr
     return entries, None
 
 
-def _fits(tensors: dict[str, dict[str, Tensor]]) -> bool:
-    """Whether copies leave enough of the memory; page-locked ones are rounded up to powers of two."""
-    needed = sum(_power_of_two(tensor.nbytes) for flat in tensors.values() for tensor in flat.values())
-    return needed <= FREE_SHARE * psutil.virtual_memory().available
+def _fits(tensors: dict[str, dict[str, Tensor]], held: dict[str, dict[str, Tensor]], num_processes: int = 1) -> bool:
+    """Whether copies, into the buffers of `held` where there are some, leave enough memory to all who make them."""
+    return num_processes * (_buffer_bytes(tensors) - _buffer_bytes(held)) <= FREE_SHARE * available_memory()
+
+
+def _buffer_bytes(tensors: dict[str, dict[str, Tensor]]) -> int:
+    """Of copies in page-locked memory, which are rounded up to powers of two."""
+    return sum(_power_of_two(tensor.nbytes) for flat in tensors.values() for tensor in flat.values())
+
+
+def available_memory() -> int:
+    """Bytes of memory free on this machine, or in this container (cgroup v2) where that is less."""
+    available = int(psutil.virtual_memory().available)
+    limit = CGROUP / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used = int((CGROUP / "memory.current").read_text()) - int(counts["inactive_file"])  # a cache: given back
+        available = min(available, int(most) - used)
+    return available
 
 
 def _power_of_two(size: int) -> int:

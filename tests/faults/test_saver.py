@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,32 @@ def test_the_loop_waits_for_the_copy_alone(tmp_path, slow_disk, monkeypatch, rec
     record_property("seconds in place", f"{waited:.4f} of {written:.4f}")
     assert written > 10 * slow_disk.seconds and waited > 0.9 * written
     assert load_checkpoint(tmp_path / "step-000002")[1]["step"] == 2
+
+
+def test_memory_is_that_of_the_container_of_all_who_save_and_of_buffers_there_are(tmp_path, monkeypatch):
+    needed = saver._buffer_bytes(tensors())
+    free = int(2.1 * needed)
+    monkeypatch.setattr(saver, "CGROUP", tmp_path)
+    monkeypatch.setattr(saver.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert saver._fits(tensors(), {}) and not saver._fits(tensors(), {}, num_processes=2)
+    with Saver(tmp_path / "checkpoints", keep=1) as saving:
+        for step in (1, 2):  # the second time the buffers are what is missing
+            saving.save(step, tensors(), STATE)
+            assert saving._thread is not None
+            saving.wait()
+            free = int(1.1 * needed)
+    free = int(2.1 * needed)
+    (tmp_path / "memory.current").write_text(f"{needed}\n")
+    for most, cached, fits in (
+        ("max", 0, True),
+        (3 * needed, 0, True),
+        (2 * needed, 0, False),
+        (2 * needed, needed, True),
+        (9 * needed, 0, True),
+    ):
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+        assert saver._fits(tensors(), {}) == fits, (most, cached)
 
 
 def test_what_is_written_is_what_was_there_when_the_save_began(tmp_path, slow_disk, monkeypatch):
