@@ -300,8 +300,15 @@ class Run:
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> float:
         """Global L2 norm of the gradients before clipping to `max_norm` (0: no clipping); the same on every rank."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        return float(self.gather_shards(norm))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        max_norm = max_norm or float("inf")
+        if all(gradient.dtype == torch.float32 for gradient in gradients):
+            return float(self.gather_shards(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+        # Of bf16 gradients torch would give a norm in bf16: 9.5 and then 9.563.
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return float(norm)
 
     def gather_shards(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor that FSDP2 may have sharded, on every rank."""
