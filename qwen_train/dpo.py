@@ -128,7 +128,6 @@ def train(config: DPOConfig, run: Run) -> None:
     )
     reference = Reference(config, model, tokenizer, run, folder)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
-    run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
     ref_logps = reference.of_data(run, data, collate, lengths)
@@ -152,6 +151,7 @@ def train(config: DPOConfig, run: Run) -> None:
         reference_forward=reference.source is not None and not config.reference.precompute,
     )
 
+    run.begin()
     with (
         Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics,
         Saver(folder.checkpoints, config.run.keep) as saver,

@@ -84,7 +84,6 @@ def train(config: SFTConfig, run: Run) -> None:
     # -- model and optimizer, fresh or from a checkpoint --------------------------------------------------------------
     model = run.prepare(load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded))
     optimizer = build_optimizer(model.named_parameters(), config.optim)
-    run.begin()
     progress = restore(folder, model, optimizer, data.fingerprint)
     config = settle(run, folder.config, config, model, optimizer, longest, shape)  # `auto`, measured
     record_config(run, folder, config)
@@ -97,6 +96,7 @@ def train(config: SFTConfig, run: Run) -> None:
         head_fraction=data.report.supervised_tokens / data.report.tokens,
     )
 
+    run.begin()
     with (
         Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics,
         Saver(folder.checkpoints, config.run.keep) as saver,

@@ -417,6 +417,19 @@ def test_sampling_leaves_the_model_as_it_was(world: World, training: bool, argum
     assert model.causal_lm.config._attn_implementation == "qwen_train"
 
 
+def test_sampling_ends_when_it_is_told_to(world: World):
+    model, prompts = world.load(), [[5, 6, 7], [8]]
+    whole = model.sample(prompts, 12)
+    calls: list[int] = []
+
+    def stop() -> bool:
+        calls.append(1)
+        return len(calls) == 3
+
+    assert model.sample(prompts, 12, stop=stop) == [answer[:3] for answer in whole] and len(calls) == 3
+    assert max(map(len, whole)) > 3 and model.sample(prompts, 12) == whole
+
+
 def test_sampling_restores_after_an_error(world: World, monkeypatch: pytest.MonkeyPatch):
     model = world.load()
 

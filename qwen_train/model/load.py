@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,7 @@ class PackedLM(nn.Module):
         self.pad_token = pad_token
         self.max_length = max_length
         self.compiled_head = compiled_head
+        keep_supervised_rows(self.causal_lm.model.layers[-1])  # what forward asks of it
 
     @property
     def decoder_layer(self) -> str:
@@ -158,13 +159,24 @@ class PackedLM(nn.Module):
                 layer._active_adapter = names
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 64) -> list[list[int]]:
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        batch_size: int = 64,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[int]]:
         """Greedy continuations of `prompts` (token ids), up to and including the end token.
 
         The packed attention has no cache and no mask, so the model answers with transformers' own `sdpa`, left-padded,
         in evaluation mode and uncompiled; all of it is put back afterwards. Sharded, all ranks call it with the same
-        number of prompts, since every layer is gathered by all of them.
+        number of prompts, since every layer is gathered by all of them. Once `stop()`, which is asked at each token,
+        says so, the answers end where they are.
         """
+
+        def stopped(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+            return torch.full((len(ids),), stop(), dtype=torch.bool, device=ids.device)
+
         lm, training = self.causal_lm, self.training
         implementation = lm.config._attn_implementation
         device = lm.lm_head.weight.device
@@ -190,6 +202,7 @@ class PackedLM(nn.Module):
                     top_k=None,
                     pad_token_id=self.pad_token,
                     eos_token_id=self.end_token,
+                    stopping_criteria=[stopped],
                     synced_gpus=self.sharded,
                 )
                 answers += [self._until_end(row) for row in generated[:, width:].tolist()]
@@ -319,7 +332,6 @@ def load_model(
         fuse_norms([*norms, model.causal_lm.model.norm])
     count = config.model.checkpoint_layers
     assert count != "auto", "resolve_auto comes before load_model"
-    keep_supervised_rows(layers[-1])
     model.layers = DecoderLayers(layers, config.model.compile, config.lora.enabled and config.lora.dropout > 0)
     model.layers.recompute(count)
     if device.type == "cuda":

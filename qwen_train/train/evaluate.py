@@ -111,8 +111,6 @@ def sample_answers(
     that ended within the limit), and for every prompt the texts prompt, expected and answer; nothing without prompts.
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
-    if run.should_stop():
-        raise Interrupted("stopped in an evaluation")
     if not held_out.prompts:
         return {}, []
 
@@ -122,7 +120,10 @@ def sample_answers(
     count = len(held_out.prompts)
     each = -(-count // run.world_size)  # on every rank, the last ones twice: sharded, they all answer together
     mine = [min(run.rank + number * run.world_size, count - 1) for number in range(each)]
-    drawn = model.sample([held_out.prompts[index] for index in mine], held_out.max_new_tokens)
+    asked = [held_out.prompts[index] for index in mine]
+    drawn = model.sample(asked, held_out.max_new_tokens, stop=lambda: run.stop_signal is not None)
+    if run.should_stop():
+        raise Interrupted("stopped in an evaluation")
     parts = run.gather(dict(zip(mine, drawn, strict=True)))
     by_index = {index: answer for part in parts for index, answer in part.items()}
     answers = [by_index[index] for index in range(len(held_out.prompts))]

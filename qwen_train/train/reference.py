@@ -28,7 +28,7 @@ from qwen_train.loss.preference import LOSSES, Pairs
 from qwen_train.model.adapters import adapter_sha256, tensor_digest
 from qwen_train.model.load import PackedLM, load_model, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens
-from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.distributed import Run
 from qwen_train.train.files import replacing_folder, write_file, write_json_atomic, write_tensors
 from qwen_train.train.folder import RunFolder
 
@@ -184,8 +184,6 @@ class Reference:
             logps = self.logps(batch.to(run.device))
             assert logps is not None
             mine.update(zip(batch.rows, logps.view(-1, 2).tolist(), strict=True))
-            if run.should_stop():
-                raise Interrupted("stopped while the reference was scored")
         by_row = {row: values for share in run.gather(mine) for row, values in share.items()}
         assert len(by_row) == len(lengths), "every row is scored once"
         return torch.tensor([by_row[row] for row in range(len(lengths))], dtype=torch.float64)

@@ -21,6 +21,7 @@ SLOW = [pytest.mark.slow]
 STOP_IN = """
 import os, signal, sys
 import qwen_train.data.tokenize, qwen_train.model.load, qwen_train.sft, qwen_train.dpo
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from qwen_train.train import checkpoint, distributed, evaluate, reference, saver
 calls = 0
 def stopping(function):
@@ -39,7 +40,9 @@ def stopping(function):
 PHASES = {  # where, at which call, SFT or DPO, whether there is something to save
     "start-up": ("qwen_train.model.load.load_model_config", 1, "sft", False),
     "tokenisation": ("qwen_train.data.tokenize._Judge.__call__", 1, "sft", False),
+    "weights and optimizer": ("qwen_train.sft.restore", 1, "sft", False),
     "reference scoring": ("reference.Reference.logps", 2, "dpo", False),
+    "answers": ("qwen2.Qwen2ForCausalLM.prepare_inputs_for_generation", 2, "sft", False),
     "step": ("distributed.Run.clip_grad_norm", 3, "sft", True),
     "evaluation": ("evaluate.eval_batches", 2, "sft", True),
     "save": ("saver.save_checkpoint", 2, "sft", True),
