@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -29,8 +30,10 @@ from qwen_train.output.plan_view import (
     print_measured,
     print_plan,
 )
-from qwen_train.train.distributed import Run
+from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.preflight import check_packages
 from qwen_train.train.probe import idle_gpus, measure
+from qwen_train.train.sharding import check_shardable
 
 PIPE_WIDTH = 200
 
@@ -46,6 +49,8 @@ def main(argv: list[str]) -> int:
     config_argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
     task = options.task or task_of(options.config, others)
     config, _ = load_config(SFTConfig if task == "sft" else DPOConfig, config_argv)
+    if options.shards:
+        check_shardable(config)
     shape = shape_of(config.model)
     if not options.measure:
         layouts = plan(config, shape, memory(options), options.gpus, options.shards)
@@ -55,6 +60,8 @@ def main(argv: list[str]) -> int:
         return 0 if any(layout.fits for layout in layouts) else 1
     run = Run(config.run.seed, config.run.deterministic)
     try:
+        run.check(config)
+        check_packages(config)
         measured = measure(run, config, shape, longest_row(config), options.steps)
     finally:
         run.close()
@@ -91,8 +98,13 @@ def parser() -> argparse.ArgumentParser:
 def check(options: argparse.Namespace) -> None:
     for name in ("gpus", "shards", "memory", "steps"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name}: must be > 0, got {value}")
+        if value is not None and not 0 < value < math.inf:  # not so for nan
+            raise ValueError(f"--{name}: must be a number > 0, got {value}")
+    if options.measure and (options.gpus > 1 or options.shards or options.memory):
+        raise ValueError(
+            "--measure: takes the GPUs that there are, one a process of accelerate launch; leave out --gpus, --shards "
+            "and --memory"
+        )
     if options.shards is not None and (options.gpus % options.shards or options.shards == 1):
         raise ValueError(
             f"--shards: must divide --gpus {options.gpus} and be more than 1, got {options.shards}; 8 is a machine of 8"
@@ -111,7 +123,7 @@ def memory(options: argparse.Namespace) -> dict[str, float]:
 def report(options: argparse.Namespace, console: Console, title: str, layouts: list[Layout]) -> None:
     if options.json:
         print(json.dumps({"plan": title, "layouts": [layout.as_dict() for layout in layouts]}))
-    elif layouts:
+    else:
         print_plan(layouts, title, console)
 
 
@@ -137,4 +149,10 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print_errors(str(error))
         code = 1 if isinstance(error, DoesNotFitError) else 2
+    except torch.OutOfMemoryError as error:  # of numbers that are given; `auto` ones become smaller
+        print_errors(f"does not fit: out of memory ({str(error).splitlines()[0]})")
+        code = 1
+    except Interrupted as error:
+        print_errors(str(error))
+        code = 130
     sys.exit(code)

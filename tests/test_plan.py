@@ -194,8 +194,16 @@ def test_without_a_gpu_the_usual_cards_are_planned(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "0"], "--gpus: must be > 0, got 0"),
-        (["--memory", "-3"], "--memory: must be > 0, got -3.0"),
+        (["--gpus", "0"], "--gpus: must be a number > 0, got 0"),
+        (["--memory", "-3"], "--memory: must be a number > 0, got -3.0"),
+        (["--memory", "nan"], "--memory: must be a number > 0, got nan"),
+        (["--memory", "inf"], "--memory: must be a number > 0, got inf"),
+        (["--measure", "--gpus", "8"], "--measure: takes the GPUs that there are"),
+        (["--measure", "--memory", "79"], "--measure: takes the GPUs that there are"),
+        (
+            ["--gpus", "8", "--shards", "4", "--model.quantization", "nf4", "--model.dtype", "bfloat16"],
+            "model.quantization: nf4 weights cannot be sharded",
+        ),
         (["--gpus", "8", "--shards", "3"], "--shards: must divide --gpus 8 and be more than 1, got 3"),
         (["--config", "none.yaml"], "none.yaml does not exist"),
         (["--optim.speed", "3"], "optim.speed: no such field"),
@@ -215,6 +223,19 @@ def test_real_steps(ranks: int, tmp_path: Path, scripts: ScriptRunner):
     measured = json.loads(next(line for line in result.lines if line.startswith("{")))["measured"]
     assert measured["world_size"] == ranks and measured["tokens_per_microbatch"] == 300
     assert measured["tokens_per_second"] == pytest.approx(2 * ranks * 300 / measured["step_seconds"], rel=0.02)
+
+
+@pytest.mark.launch
+def test_steps_that_end_early_are_one_line(tmp_path: Path, scripts: ScriptRunner):
+    """Memory that runs out with numbers that are given, and Ctrl-C."""
+    prelude = "import os, signal, torch\nfrom qwen_train.train.distributed import Run\ndef backward(run, loss):\n    "
+    arguments = ["launch/plan.py", "--measure", "--steps", "1", "--batch.tokens_per_microbatch", "300"]
+    for act, code, message in (
+        ("raise torch.OutOfMemoryError('planted')", 1, "error: does not fit: out of memory (planted)"),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "error: stopped before the first step"),
+    ):
+        result = scripts.run(tmp_path / "out.txt", *arguments, prelude=f"{prelude}{act}\nRun.backward = backward\n")
+        assert (result.code, result.lines[-1]) == (code, message), result.output
 
 
 @pytest.mark.launch

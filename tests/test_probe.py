@@ -99,6 +99,23 @@ def test_with_a_given_budget_more_layers_are_recomputed(monkeypatch):
     assert counts[0] == 0 and counts[-1] == 2
 
 
+@pytest.mark.parametrize(
+    ("layers", "tokens", "expected", "tried"),
+    [(99, "auto", (99, 1200), 1200), ("auto", 10**6, (0, 10**6), 1200), ("auto", 600, (0, 600), 600)],
+)
+def test_numbers_beyond_the_model_or_the_step(layers: Any, tokens: Any, expected: Any, tried: int, monkeypatch):
+    """More layers than there are, more tokens than a step of two rows has: what is tried is what can be."""
+    seen = starve(monkeypatch, 5000)
+    given = config()
+    given = dataclasses.replace(
+        given,
+        model=dataclasses.replace(given.model, checkpoint_layers=layers),
+        batch=BatchConfig(sequences_per_step=2, tokens_per_microbatch=tokens),
+    )
+    assert settled(given, Run(seed=0, deterministic=False)) == expected
+    assert seen == [tried, tried]
+
+
 def test_nothing_that_fits_is_said_with_numbers(monkeypatch):
     starve(monkeypatch, 10)
     with pytest.raises(ValueError, match=r"does not fit: .* GiB a GPU at \d+ tokens with \d layers recomputed"):
@@ -241,10 +258,20 @@ def test_training_takes_what_is_left(ranks: int, tmp_path: Path, cache_dir: Path
 # --- plan --measure ---------------------------------------------------------------------------------------------------
 
 
-FULL_DPO = dataclasses.replace(config(DPOConfig, precompute=True), lora=LoraConfig(enabled=False))
+NO_LORA = LoraConfig(enabled=False)
+FULL_DPO = dataclasses.replace(config(DPOConfig, precompute=True), lora=NO_LORA)
+OTHER_MODEL = dataclasses.replace(config(DPOConfig, source="model", path="nowhere"), lora=NO_LORA)
+START = config(DPOConfig, source="start_adapter")
+CONTINUED = dataclasses.replace(
+    START, model=dataclasses.replace(START.model, adapter="nowhere", adapter_start="continue")
+)
 
 
-@pytest.mark.parametrize("given", [config(), config(DPOConfig), FULL_DPO], ids=["sft", "dpo", "full dpo, precomputed"])
+@pytest.mark.parametrize(
+    "given",
+    [config(), config(DPOConfig), FULL_DPO, OTHER_MODEL, CONTINUED],
+    ids=["sft", "dpo", "full dpo, precomputed", "full dpo beside a model", "dpo of an adapter"],
+)
 def test_measured_steps(given: Any):
     given = dataclasses.replace(given, batch=BatchConfig(sequences_per_step=4, tokens_per_microbatch=700))
     measured = measure(Run(seed=0, deterministic=False), given, SHAPE, LONGEST, steps=1)

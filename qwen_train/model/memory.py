@@ -236,11 +236,11 @@ def _reference(config: SFTConfig, shape: Shape, size: int, adapter: int) -> int:
 def candidates(config: SFTConfig, model_config: Any, longest: int, shards: int = 1) -> list[Candidate]:
     """What the `auto` fields may become, the fastest first: by the time that a token takes.
 
-    A micro-batch holds the longest row (`longest` tokens), and no more than a step has.
+    A micro-batch holds the longest row (`longest` tokens), and no more than a step has, whatever number is given.
     """
     layers, tokens = config.model.checkpoint_layers, config.batch.tokens_per_microbatch
     most = config.batch.sequences_per_step * longest
-    budgets = {max(longest, min(budget, most)) for budget in GPU_TOKENS} if tokens == "auto" else {tokens}
+    budgets = {max(longest, min(budget, most)) for budget in GPU_TOKENS} if tokens == "auto" else {min(tokens, most)}
     total = model_config.num_hidden_layers
     counts = range(total + 1) if layers == "auto" else [min(layers, total)]
     made = [

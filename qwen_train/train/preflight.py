@@ -26,12 +26,9 @@ def preflight(config: SFTConfig, sharded: bool) -> None:
 
     `sharded`: under FSDP2. Of hub models it asks the hub for file names and the config, nothing large.
     """
-    if config.model.quantization == "nf4":
-        _check_bitsandbytes("model.quantization: nf4")
-    if config.optim.name == "adamw_8bit":
-        _check_bitsandbytes("optim.name: adamw_8bit")
-        if sharded:
-            raise ValueError(SHARDED_8BIT)
+    check_packages(config)
+    if config.optim.name == "adamw_8bit" and sharded:
+        raise ValueError(SHARDED_8BIT)
     _check_folder("model.path", config.model.path)
     shape = load_model_config(config.model)
     if not config.model.from_scratch:
@@ -42,6 +39,14 @@ def preflight(config: SFTConfig, sharded: bool) -> None:
     continued = config.model.adapter is not None and config.model.adapter_start == "continue"
     if config.lora.enabled and not continued:
         _check_targets(config, shape)
+
+
+def check_packages(config: SFTConfig) -> None:
+    """Refuse (ValueError) what needs a package that cannot be imported."""
+    if config.model.quantization == "nf4":
+        _check_bitsandbytes("model.quantization: nf4")
+    if config.optim.name == "adamw_8bit":
+        _check_bitsandbytes("optim.name: adamw_8bit")
 
 
 def _check_bitsandbytes(asked: str) -> None:

@@ -93,8 +93,7 @@ def settle(
     if free is None or not has_auto(given):
         return config
     possible = candidates(given, shape, longest, run.shards)
-    taken = (recomputed_layers(config), microbatch_tokens(config))
-    candidate = next(one for one in possible if (one.recomputed, one.tokens) == taken)
+    candidate = next(one for one in possible if with_candidate(given, one.recomputed, one.tokens) == config)
     while True:
         model.layers.recompute(candidate.recomputed)
         peak = _try(run, model, optimizer, worst_case(config, shape.vocab_size, candidate.tokens, longest))
@@ -204,6 +203,9 @@ def measure(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Me
         shape.save_pretrained(folder)
         scratch = dataclasses.replace(config.model, path=folder, revision=None, from_scratch=True, adapter=None)
         config = dataclasses.replace(config, model=scratch)
+        if isinstance(config, DPOConfig) and (not config.lora.enabled or config.reference.source == "start_adapter"):
+            start = dataclasses.replace(config.reference, source="auto", path=None)  # of random weights, too
+            config = dataclasses.replace(config, reference=start)
         tokenizer: Any = _ControlTokens()
         started = time.perf_counter()
         model = load_model(config, tokenizer, run.device, Path(folder) / "base", is_main=False, sharded=run.sharded)
@@ -215,11 +217,11 @@ def measure(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Me
         if _asks_reference(config):
             run_folder = RunFolder(Path(folder), config, False, "", None, ())
             reference = Reference(config, model, tokenizer, run, run_folder)
-    given = dataclasses.replace(
-        given, model=dataclasses.replace(scratch, checkpoint_layers=given.model.checkpoint_layers)
-    )
+        # As above, with the `auto` values.
+        model_given = dataclasses.replace(config.model, checkpoint_layers=given.model.checkpoint_layers)
+        given = dataclasses.replace(config, model=model_given, batch=given.batch)
     config = settle(run, given, config, model, optimizer, longest, shape)
-    tokens = microbatch_tokens(config)
+    tokens = min(microbatch_tokens(config), config.batch.sequences_per_step * longest)
     batch = worst_case(config, shape.vocab_size, tokens, min(longest, tokens))
     microbatches = MicroBatches(
         batches=[batch] * NUM_MICRO_BATCHES,
