@@ -118,7 +118,7 @@ def judge(dice: Random, folder: Path, counts: Counter[str]) -> None:
     counts["loaded"] += 1
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_spoilt_configs_load_or_are_refused(examples: int, tmp_path: Path, record_property):
     counts: Counter[str] = Counter()
 

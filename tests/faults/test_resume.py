@@ -14,8 +14,8 @@ import yaml
 
 from qwen_train.config import SFTConfig, load_config
 from qwen_train.train import saver
-from tests.faults.runs import STEPS, Runs, digest, make_runs, same_end
-from tests.scripts import Result, ScriptRunner, num_lines, read_metrics, terminate_when
+from tests.faults.runs import STEPS, STOP_AFTER, Runs, digest, make_runs, same_end
+from tests.scripts import Result, ScriptRunner, read_metrics, terminate_when
 
 pytestmark = pytest.mark.launch
 
@@ -32,11 +32,11 @@ def whole(runs: Runs) -> Path:
     return runs.folder / "whole"
 
 
-def stopped(runs: Runs, name: str, *more: str, lines: int = 5) -> None:
-    """A run that was told to stop after so many lines of its log."""
-    log = runs.folder / name / "metrics.jsonl"
-    result = runs.run(name, *more, meanwhile=terminate_when(lambda: num_lines(log) >= lines))
+def stopped(runs: Runs, name: str, *more: str, steps: int = 4) -> Result:
+    """A run that is told to stop in its fourth step."""
+    result = runs.run(name, *more, prelude=STOP_AFTER.format(steps=steps))
     assert result.code == 128 + signal.SIGTERM, result.output
+    return result
 
 
 def error(result: Result) -> str:
@@ -56,11 +56,9 @@ def test_a_changed_config_goes_on_only_if_it_is_told_to(runs: Runs, whole: Path)
     assert "optim.lr was 0.001 and is now 0.01" in line and "run.accept_changes" in line
 
     changed = ("--optim.lr=0.01", "--run.accept_changes=true")
-    log = runs.folder / "changed/metrics.jsonl"
-    before = num_lines(log)
-    again = runs.run("changed", *changed, meanwhile=terminate_when(lambda: num_lines(log) >= before + 2))
+    again = stopped(runs, "changed", *changed, steps=2)
     note = f"changed after step-{first:06d}: optim.lr was 0.001 and is now 0.01"
-    assert again.code == 128 + signal.SIGTERM and note in again.lines, again.output
+    assert note in again.lines, again.output
     result = runs.run("changed", "--optim.lr=0.01")  # now the run's own value
     assert result.code == 0 and note not in result.lines, result.output
 
@@ -85,6 +83,7 @@ def test_a_checkpoint_by_name_under_another_config(runs: Runs, whole: Path):
     assert [line["step"] for line in read_metrics(runs.folder / "branch")] == [STEPS - 1, STEPS]
 
 
+@pytest.mark.slow
 def test_other_data_go_on_only_if_they_are_told_to(runs: Runs):
     rows = runs.folder / "mine.jsonl"
     rows.write_text((runs.folder / "sft_train.jsonl").read_text())

@@ -28,6 +28,10 @@ from tests.faults.saves import WAYS, assert_one_whole, assert_whole, empty, flip
 from tests.faulty_disk import FaultyDisk, PowerLoss, in_child, no_space
 
 Save = Callable[..., Path]
+EXISTING = [
+    pytest.param((1,), id="new step"),
+    pytest.param((1, 2), id="the same step again", marks=pytest.mark.slow),
+]
 OPERATIONS = {"make_folder", "create", "write", "sync", "sync_folder", "replace", "remove", "remove_folder"}
 
 
@@ -56,7 +60,7 @@ def num_operations(tmp_path: Path, put_disk, write: Save, existing: tuple[int, .
 # Killed while saving -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("existing", [(1,), (1, 2)], ids=["new step", "the same step again"])
+@pytest.mark.parametrize("existing", EXISTING)
 def test_kill_9_at_every_operation_of_a_save(tmp_path, put_disk, write, existing, record_property):
     total = num_operations(tmp_path, put_disk, write, existing)
     found = []
@@ -120,7 +124,7 @@ def test_no_space_at_every_write_leaves_the_previous_checkpoint(tmp_path, put_di
         assert_whole(folder / "step-000001", 1)
 
 
-@pytest.mark.parametrize("existing", [(1,), (1, 2)], ids=["new step", "the same step again"])
+@pytest.mark.parametrize("existing", EXISTING)
 def test_an_error_of_any_operation_leaves_a_whole_checkpoint(tmp_path, put_disk, write, existing, caplog):
     outcomes = set()
     for at in range(num_operations(tmp_path, put_disk, write, existing)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import STEPS, Runs, digest, make_runs, same_end
+from tests.faults.runs import STEPS, STOP_AFTER, Runs, digest, make_runs, same_end
 from tests.scripts import Result, ScriptRunner, num_lines, read_metrics, terminate_when
 
 pytestmark = [pytest.mark.launch, pytest.mark.ranks]
@@ -136,6 +136,7 @@ def test_sigterm_while_a_save_is_on_its_way(stopped: Stopped):
     same_end(stopped.whole("sft", 1), runs.folder / "on-its-way")
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_whole(stopped: Stopped):
     runs = stopped.of_kind["sft"]
     checkpoints = runs.folder / "twice/checkpoints"
@@ -183,7 +184,7 @@ def test_on_other_numbers_of_processes_rows_and_losses_are_the_same(stopped: Sto
     name = "stages-" + "-".join(map(str, stages))
 
     def run(name: str, ranks: int, workers: int, **how) -> Result:
-        prelude = RECORD_ROWS.format(path=str(runs.folder / f"{name}.rows"))
+        prelude = RECORD_ROWS.format(path=str(runs.folder / f"{name}.rows")) + how.pop("stop", "")
         words = runs.arguments(name, "--lora.dropout=0", f"--data.workers={workers}")
         output = runs.folder / f"{name}.txt"
         return runs.scripts.run(output, "launch/sft.py", *words, ranks=ranks, prelude=prelude, **how)
@@ -191,9 +192,8 @@ def test_on_other_numbers_of_processes_rows_and_losses_are_the_same(stopped: Sto
     if not (runs.folder / "staged-whole").exists():
         assert run("staged-whole", 1, 0).code == 0
     for stage, ranks in enumerate(stages):
-        log = runs.folder / name / "metrics.jsonl"
-        moment = terminate_when(lambda stage=stage, log=log: num_lines(log) >= 4 * (stage + 1))
-        result = run(name, ranks, (stage + 1) % 2 * 2, meanwhile=None if stage == 2 else moment)
+        stop = "" if stage == 2 else STOP_AFTER.format(steps=4)
+        result = run(name, ranks, (stage + 1) % 2 * 2, stop=stop)
         assert result.code == (0 if stage == 2 else 128 + signal.SIGTERM), result.output
     one, other = read_metrics(runs.folder / "staged-whole"), read_metrics(runs.folder / name)
     assert [line["step"] for line in other] == list(range(STEPS + 1))
