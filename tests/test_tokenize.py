@@ -162,7 +162,7 @@ def test_errors_that_end_the_run(tmp_path: Path) -> None:
             run(paths, cache, replace(OPTIONS, **options), format=format)
 
     refused(str(tmp_path / "no.jsonl"), "data.train: ")
-    refused(str(tmp_path / "empty.jsonl"), "no row is left to train on (the files hold no row)")
+    refused(str(tmp_path / "empty.jsonl"), "no row in it; give a file with rows")
     refused(str(tmp_path / "broken.json"), "broken.json:1: malformed JSON")
     refused(good, "no row is left to train on (too_long: 1)", max_length=4)
     refused(good, "tokens, max_length is 4", max_length=4, too_long="error")
