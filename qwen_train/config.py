@@ -739,7 +739,18 @@ def as_dict(config: SFTConfig) -> dict[str, dict[str, Any]]:
 
 def to_yaml(config: SFTConfig) -> str:
     """The whole config as YAML that `--config` reads back."""
-    return yaml.safe_dump(as_dict(config), sort_keys=False)
+    return yaml.dump(as_dict(config), Dumper=_Quoting, sort_keys=False)
+
+
+class _Quoting(yaml.SafeDumper):
+    """YAML in which a text such as 1e3 is quoted: jsonargparse takes it for a number, PyYAML by itself does not."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        style = "'" if re.fullmatch(r"[-+]?[\d._]+([eE][-+]?\d+)?", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Quoting.add_representer(str, _Quoting.represent_str)
 
 
 def config_hash(value: Any) -> str:

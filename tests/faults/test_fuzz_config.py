@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_train.config import DPOConfig, SFTConfig, as_dict, load_config, to_yaml
+from qwen_train.config import DataConfig, DPOConfig, RunConfig, SFTConfig, as_dict, load_config, to_yaml
 from tests.faults.mutations import NUMBERS, TEXTS, junk
 from tests.scripts import ROOT
 
@@ -160,3 +160,13 @@ def test_values_of_any_length_make_a_short_line():
         load_config(SFTConfig, [f"--optim.weight_decay={10**400}"])
     with pytest.raises(ValueError, match="File name too long; give a path that can exist"):
         load_config(SFTConfig, [f"--model.path={'a' * 5000}"])
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "1E+308", "-2e-5", "1_000", "1.", ".5", "007", "1e", "true", "null", "~", "1:30"]
+)
+def test_texts_that_look_like_something_else_are_read_back(text: str, tmp_path: Path):
+    """A run called 1e3 has a config.yaml that `--config` reads."""
+    config = SFTConfig(data=DataConfig(train="a.jsonl", system=text), run=RunConfig(name=text))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(SFTConfig, ["--config", str(tmp_path / "config.yaml")])[0] == config
