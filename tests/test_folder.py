@@ -52,7 +52,7 @@ def test_a_folder_is_not_ours_by_its_process_number(tmp_path: Path, ours: bool):
     assert status["pid"] == os.getpid()
     if not ours:
         (folder / "status.json").write_text(json.dumps({**status, "process": f"elsewhere-{os.getpid()}"}))
-    run: Any = SimpleNamespace(is_main=True)
+    run: Any = SimpleNamespace(is_main=True, close=lambda reason: None)
     with pytest.raises(SystemExit):
         _refuse(run, folder, "refused", "data.train: no such file")
     assert folder.exists() != ours
