@@ -2,11 +2,16 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+
+from qwen_train.train.sharding import judge_settings
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
@@ -45,3 +50,16 @@ def test_hybrid_sharding_replicates_over_machines(monkeypatch: pytest.MonkeyPatc
     replicas, shards = (int(given[f"PARALLELISM_CONFIG_DP_{name}_SIZE"]) for name in ("REPLICATE", "SHARD"))
     assert (replicas, shards) == (settings["num_machines"], settings["num_processes"] // settings["num_machines"])
     assert "ACCELERATE_USE_PARALLELISM_CONFIG" not in environment(file.with_name("fsdp2.yaml"), monkeypatch)
+
+
+@pytest.mark.parametrize(("stem", "kind"), [("fsdp2", "MULTI_CPU"), ("fsdp2", "NO"), ("ddp", "MULTI_GPU")])
+def test_sharding_that_does_not_take_place_is_said(stem: str, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """accelerate turns FSDP on for several GPUs only, and says nothing elsewhere."""
+    for name, value in environment(ROOT / f"configs/accelerate/{stem}.yaml", monkeypatch).items():
+        monkeypatch.setenv(name, value)
+    dynamo = SimpleNamespace(backend=SimpleNamespace(value="NO"))
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType[kind], state=SimpleNamespace(dynamo_plugin=dynamo)
+    )
+    notes = judge_settings(accelerator)
+    assert ["FSDP is not followed" in note for note in notes] == ([True] if stem == "fsdp2" else [])

@@ -49,6 +49,10 @@ def judge_settings(accelerator: Accelerator) -> list[str]:
         notes.append(f"accelerate: mixed_precision {precision} is not followed: model.dtype and model.quantization say")
     if accelerator.state.dynamo_plugin.backend.value not in ("no", "NO"):
         notes.append("accelerate: dynamo_backend is not followed: model.compile compiles the decoder layers")
+    if kind != DistributedType.FSDP and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        notes.append(
+            "accelerate: FSDP is not followed, since it needs several GPUs: each process holds the whole model"
+        )
     if kind == DistributedType.FSDP:
         notes += _judge_fsdp(accelerator.state.fsdp_plugin)
     return notes
