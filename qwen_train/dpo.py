@@ -92,7 +92,6 @@ def train(config: DPOConfig, run: Run) -> None:
     collate = collate_preferences(data.dataset, config.reference.share_prompt)
     assert isinstance(folder.config, DPOConfig)
     config = resolve_auto(folder.config, int(lengths.max()), shape, run.free_memory(), run.shards)
-    record_config(run, folder, config)
     held_out = skills = None
     if config.data.eval:
         eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))

@@ -58,7 +58,6 @@ def train(config: SFTConfig, run: Run) -> None:
     run.note(f"data.train: {data.report.summary()}")
     longest = int(data.column("length").max())
     config = resolve_auto(folder.config, longest, shape, run.free_memory(), run.shards)
-    record_config(run, folder, config)
     held_out = None
     if config.data.eval:
         eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
