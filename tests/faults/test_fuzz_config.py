@@ -162,9 +162,7 @@ def test_values_of_any_length_make_a_short_line():
         load_config(SFTConfig, [f"--model.path={'a' * 5000}"])
 
 
-@pytest.mark.parametrize(
-    "text", ["1e3", "1E+308", "-2e-5", "1_000", "1.", ".5", "007", "1e", "true", "null", "~", "1:30"]
-)
+@pytest.mark.parametrize("text", ["1e3", "1E+308", "-2e-5", "1_000", "1.", ".5", "007", "1e", "true", "1:30"])
 def test_texts_that_look_like_something_else_are_read_back(text: str, tmp_path: Path):
     """A run called 1e3 has a config.yaml that `--config` reads."""
     config = SFTConfig(data=DataConfig(train="a.jsonl", system=text), run=RunConfig(name=text))
