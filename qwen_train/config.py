@@ -46,6 +46,15 @@ def _unless(valid: bool, message: str) -> str | None:
     return None if valid else message
 
 
+def _pattern_problem(targets: str | list[str]) -> str | None:
+    """What is wrong with a single text, which PEFT takes for a pattern of whole names."""
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as error:
+        return f"lora.target_modules: {targets} is no pattern ({error}); give names as [q_proj, v_proj], or all-linear"
+    return None
+
+
 def _path_problems(field: str, paths: DataPaths | None) -> Iterator[str]:
     for path in paths if isinstance(paths, list) else [paths]:
         # What is no list of paths or {path: weight} reaches us as the text it was given as.
@@ -132,6 +141,7 @@ class LoraConfig:
                     f"lora.alpha: must be > 0, got {self.alpha}; leave it out for 2 r",
                 ),
                 _unless(bool(targets), "lora.target_modules: no layer named; say all-linear"),
+                _pattern_problem(self.target_modules),
                 *(
                     f"lora.target_modules: {name} cannot carry an adapter, since the chunked head reads its weight "
                     "directly; leave it out or train with lora.enabled false"

@@ -245,3 +245,26 @@ def test_what_a_reference_takes():
     assert reference(enabled=False, precompute=True) == 0
     assert reference(enabled=False, loss="simpo") == 0
     assert reference(source="model", path="some/model") == 2 * WEIGHTS_7B
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        ["self_attn.q_proj"],
+        r".*\.(q|v)_proj",
+        r"model\.layers\.1\..*_proj",
+        ["layers.1.mlp.up_proj"],
+        "all-linear",
+    ],
+)
+def test_adapters_are_those_that_peft_makes(targets: Any):
+    """Names, parts of names, and a pattern, which PEFT holds against whole names."""
+    given = SFTConfig(
+        model=ModelConfig(path=str(TINY), from_scratch=True, checkpoint_layers=0, dtype="float32"),
+        data=DataConfig(train="x"),
+        lora=LoraConfig(r=8, target_modules=targets),
+    )
+    model = load_model(given, load_tokenizer(given.model), torch.device("cpu"), Path("/nonexistent"), is_main=False)
+    estimate = estimate_memory(given, AutoConfig.from_pretrained(TINY), 100, 0)
+    assert estimate.adapters == 4 * (load.num_trainable(model) or 0) == estimate.gradients

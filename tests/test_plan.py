@@ -207,6 +207,7 @@ def test_without_a_gpu_the_usual_cards_are_planned(monkeypatch: pytest.MonkeyPat
         (["--gpus", "8", "--shards", "3"], "--shards: must divide --gpus 8 and be more than 1, got 3"),
         (["--config", "none.yaml"], "none.yaml does not exist"),
         (["--optim.speed", "3"], "optim.speed: no such field"),
+        (["--lora.target_modules", "("], "lora.target_modules: ( is no pattern"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str):

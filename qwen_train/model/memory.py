@@ -5,6 +5,7 @@ Counted from what model/lora.py, the kernels and torch.compile keep for backward
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,13 +112,13 @@ class Shape:
         """(input, output features) of a layer's projections."""
         hidden, heads, kv, wide = self.hidden, self.heads, self.kv, self.wide
         return {
-            "q_proj": (hidden, heads),
-            "k_proj": (hidden, kv),
-            "v_proj": (hidden, kv),
-            "o_proj": (heads, hidden),
-            "gate_proj": (hidden, wide),
-            "up_proj": (hidden, wide),
-            "down_proj": (wide, hidden),
+            "self_attn.q_proj": (hidden, heads),
+            "self_attn.k_proj": (hidden, kv),
+            "self_attn.v_proj": (hidden, kv),
+            "self_attn.o_proj": (heads, hidden),
+            "mlp.gate_proj": (hidden, wide),
+            "mlp.up_proj": (hidden, wide),
+            "mlp.down_proj": (wide, hidden),
         }
 
     @property
@@ -130,14 +131,18 @@ class Shape:
         return self.layers * self.layer + self.embeddings
 
     def adapter(self, rank: int, targets: str | Sequence[str]) -> int:
-        """Parameters of LoRA matrices of `rank` on the projections that `targets` names."""
-        named = [targets] if isinstance(targets, str) else targets
-        of_layer = sum(
-            inputs + outputs
-            for name, (inputs, outputs) in self.linears.items()
-            if "all-linear" in named or any(name == target.split(".")[-1] for target in named)
-        )
-        return self.layers * rank * of_layer
+        """Parameters of LoRA matrices of `rank` on the projections that `targets` means: names, or a pattern."""
+        sizes = {name: inputs + outputs for name, (inputs, outputs) in self.linears.items()}
+        if targets == "all-linear":
+            return self.layers * rank * sum(sizes.values())
+
+        def is_meant(name: str) -> bool:
+            if isinstance(targets, str):
+                return re.fullmatch(targets, name) is not None
+            return any(f".{name}".endswith(f".{target}") for target in targets)
+
+        layers = range(self.layers)
+        return rank * sum(sizes[name] for i in layers for name in sizes if is_meant(f"model.layers.{i}.{name}"))
 
 
 def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recomputed: int, shards: int = 1) -> Estimate:
@@ -148,7 +153,7 @@ def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recompute
     shape, lora = Shape.of(model_config), config.lora.enabled
     size = 4 if config.model.dtype == "float32" else 2
     adapter = shape.adapter(config.lora.r, config.lora.target_modules) if lora else 0
-    trained = adapter or shape.parameters
+    trained = adapter if lora else shape.parameters
     fp32_weights = lora or shards > 1 or size == 4  # trained weights that are their own masters
     moments = 2 if config.optim.name == "adamw_8bit" else 8
     stored = {"none": size, "nf4": 0.516, "fp8": 2.0}[config.model.quantization]  # fp8 lies there twice

@@ -110,7 +110,7 @@ def _check_targets(config: SFTConfig, shape: Any) -> None:
     linear = sorted({name.split(".")[-1] for name, layer in layers.items() if isinstance(layer, nn.Linear)} - {*HEADS})
     for target in [targets] if isinstance(targets, str) else targets:
         if isinstance(targets, str):  # for PEFT a single text is a pattern of whole names
-            found = [name for name in layers if _pattern(target).fullmatch(name)]
+            found = [name for name in layers if re.fullmatch(target, name)]
         else:
             found = [name for name in layers if name == target or name.endswith(f".{target}")]
         if not found:
@@ -122,12 +122,3 @@ def _check_targets(config: SFTConfig, shape: Any) -> None:
                     f"lora.target_modules: {target} also means {name}, a {type(layers[name]).__name__} that carries no "
                     f"adapter; name some of {', '.join(linear)}, or say all-linear"
                 )
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ValueError(
-            f"lora.target_modules: {text} is no pattern ({error}); give names as [q_proj, v_proj], or all-linear"
-        ) from None
