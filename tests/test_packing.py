@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_train.data.packing import TENSOR_FIELDS, Batch, empty_batch, fill_batch, pack_pairs, pack_sequences
+from qwen_train.data.packing import TENSOR_FIELDS, Batch, empty_batch, pack_pairs, pack_sequences
 
 # Two pairs: prompt of 3, chosen of 2, rejected of 3; prompt of 1, chosen of 1, rejected of 2.
 PAIRS = [
@@ -133,30 +133,6 @@ def test_shared_and_unshared_layout_predict_the_same_tokens_from_the_same_contex
 
 def changed(batch: Batch, **fields: Tensor) -> Batch:
     return Batch(**{**vars(batch), **fields})
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_fill_brings_the_row_to_size_and_changes_nothing_else(share):
-    pairs = random_pairs(0)
-    batch = pack_pairs(pairs, range(len(pairs)), share_prompt=share)
-    size = batch.num_tokens + 100
-    filled = fill_batch(batch, size)
-    assert filled.num_tokens == len(filled.position_ids) == size
-    assert filled.input_ids[-100:].tolist() == [0] * 100
-    assert filled.position_ids[-100:].tolist() == list(range(100))
-    assert filled.cu_seqlens_q.tolist() == [*batch.cu_seqlens_q.tolist(), size]
-    assert filled.cu_seqlens_k.tolist() == [*batch.cu_seqlens_k.tolist(), int(batch.cu_seqlens_k[-1]) + 100]
-    assert filled.cu_seqlens_q.dtype == filled.cu_seqlens_k.dtype == torch.int32
-    assert (filled.max_q, filled.max_k) == (100, 100)
-    if share:
-        assert filled.kv_index[-100:].tolist() == list(range(size - 100, size))
-    assert contexts(filled) == contexts(batch)
-    assert (filled.num_sequences, filled.rows) == (batch.num_sequences, batch.rows)
-    for name in ("target_positions", "targets", "weights", "sequence_ids"):
-        assert torch.equal(getattr(filled, name), getattr(batch, name)), name
-    assert fill_batch(batch, batch.num_tokens) is batch
-    with pytest.raises(AssertionError, match="does not fit"):
-        fill_batch(batch, batch.num_tokens - 1)
 
 
 def test_the_empty_batch_is_one_unsupervised_token():

@@ -195,30 +195,6 @@ def empty_batch() -> Batch:
     )
 
 
-def fill_batch(batch: Batch, num_tokens: int) -> Batch:
-    """Bring the row to exactly ``num_tokens`` by one dummy segment of token 0 that attends to itself only.
-
-    Nothing of it is supervised and ``num_sequences`` stays, so losses and counts do not change; ``max_q`` and ``max_k``
-    cover it. A batch of that size already is returned as it is.
-    """
-    missing = num_tokens - batch.num_tokens
-    assert missing >= 0, f"a batch of {batch.num_tokens} tokens does not fit into {num_tokens}"
-    if missing == 0:
-        return batch
-    tail = torch.arange(missing)
-    num_keys = int(batch.cu_seqlens_k[-1])
-    return replace(
-        batch,
-        input_ids=torch.cat([batch.input_ids, torch.zeros(missing, dtype=torch.int64)]),
-        position_ids=torch.cat([batch.position_ids, tail]),
-        cu_seqlens_q=torch.cat([batch.cu_seqlens_q, torch.tensor([num_tokens], dtype=torch.int32)]),
-        cu_seqlens_k=torch.cat([batch.cu_seqlens_k, torch.tensor([num_keys + missing], dtype=torch.int32)]),
-        max_q=max(batch.max_q, missing),
-        max_k=max(batch.max_k, missing),
-        kv_index=None if batch.kv_index is None else torch.cat([batch.kv_index, tail + batch.num_tokens]),
-    )
-
-
 def _batch(
     *,
     lengths_q: IntArray,
