@@ -64,7 +64,7 @@ def train(config: DPOConfig, run: Run) -> None:
     splits = {"data.train": config.data.train, "data.eval": config.data.eval, "data.eval_sft": config.data.eval_sft}
     find_sources(splits)  # before anything asks the hub
     config, notes = resolve_start(config)
-    preflight(config, run.sharded)
+    preflight(config)
     tokenizer = load_tokenizer(config.model)
     shape = load_model_config(config.model)
     check_reference(config, tokenizer)

@@ -33,7 +33,7 @@ def train(config: SFTConfig, run: Run) -> None:
     run.check(config)
     find_sources({"data.train": config.data.train, "data.eval": config.data.eval})  # before anything asks the hub
     config, notes = resolve_start(config)
-    preflight(config, run.sharded)
+    preflight(config)
     folder = run.from_main(lambda: open_run(config))
     run.note(f"run: {folder.path}", *notes, *folder.notes)
     if folder.finished:

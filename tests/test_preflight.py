@@ -18,8 +18,8 @@ def config(*words: str, kind: type[SFTConfig] = SFTConfig) -> SFTConfig:
 
 
 def test_the_embedded_defaults_pass():
-    preflight(config(), sharded=False)
-    preflight(config(kind=DPOConfig), sharded=True)
+    preflight(config())
+    preflight(config(kind=DPOConfig))
 
 
 # ---- packages ----
@@ -27,11 +27,11 @@ def test_the_embedded_defaults_pass():
 
 @pytest.mark.parametrize("words", [("optim.name=adamw_8bit",), ("model.quantization=nf4", "model.dtype=bfloat16")])
 def test_bitsandbytes_is_missed_before_any_data(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
-    preflight(config(*words), sharded=False)
+    preflight(config(*words))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # hidden: an import of it fails
     with pytest.raises(ValueError, match=rf"^{words[0].replace('=', ': ')} needs bitsandbytes, .*; pip install bitsa"):
-        preflight(config(*words), sharded=False)
-    preflight(config(), sharded=False)  # who does not ask for it needs no bitsandbytes
+        preflight(config(*words))
+    preflight(config())  # who does not ask for it needs no bitsandbytes
 
 
 @pytest.mark.launch
@@ -42,11 +42,6 @@ def test_the_script_says_what_to_install(scripts: ScriptRunner, tmp_path: Path):
     assert result.code == 2 and len(result.lines) == 1, result.output
     assert result.lines[0].startswith("error: optim.name: adamw_8bit needs bitsandbytes")
     assert not (tmp_path / "tiny-sft").exists() and not (tmp_path / "cache/tokens").exists()
-
-
-def test_8_bits_are_refused_under_fsdp2():
-    with pytest.raises(ValueError, match=r"^optim.name: adamw_8bit fails on the shards of FSDP2"):
-        preflight(config("optim.name=adamw_8bit"), sharded=True)
 
 
 # ---- model folders ----
@@ -75,7 +70,7 @@ def a_model(folder: Path, **files: str | None) -> Path:
 def test_folders_that_are_no_model(tmp_path: Path, files: dict[str, str], message: str):
     folder = a_model(tmp_path / "model", **files)
     with pytest.raises(ValueError, match=f"^model.path: .*{message}") as refused:
-        preflight(config(f"model.path={folder}", "model.from_scratch=false"), sharded=False)
+        preflight(config(f"model.path={folder}", "model.from_scratch=false"))
     assert "\n" not in str(refused.value)
 
 
@@ -83,7 +78,7 @@ def test_folders_that_are_no_model(tmp_path: Path, files: dict[str, str], messag
 def test_weights_are_looked_for_by_name_only(tmp_path: Path, name: str):
     folder = a_model(tmp_path / "model")
     (folder / name).touch()
-    preflight(config(f"model.path={folder}", "model.from_scratch=false"), sharded=False)
+    preflight(config(f"model.path={folder}", "model.from_scratch=false"))
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c", "{file}"])
@@ -91,14 +86,14 @@ def test_paths_that_are_no_folder(tmp_path: Path, path: str):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ValueError, match=r"^model.path: .*(does not exist|is a file); give "):
-        preflight(config(f"model.path={path.format(file=file)}"), sharded=False)
+        preflight(config(f"model.path={path.format(file=file)}"))
 
 
 def test_the_other_model_of_dpo_too(tmp_path: Path):
     folder = a_model(tmp_path / "model", pytorch_model__bin="")
     words = ("reference.source=model", f"reference.path={folder}")
     with pytest.raises(ValueError, match=r"^reference.path: .*a pickle"):
-        preflight(config(*words, kind=DPOConfig), sharded=False)
+        preflight(config(*words, kind=DPOConfig))
 
 
 # ---- targets of LoRA ----
@@ -106,7 +101,7 @@ def test_the_other_model_of_dpo_too(tmp_path: Path):
 
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj, down_proj]", ".*[qv]_proj", "[layers.0.mlp.up_proj]"])
 def test_targets_that_there_are(targets: str):
-    preflight(config(f"lora.target_modules={targets}"), sharded=False)
+    preflight(config(f"lora.target_modules={targets}"))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +117,7 @@ def test_targets_that_there_are(targets: str):
 )
 def test_targets_that_there_are_not(targets: str, message: str):
     with pytest.raises(ValueError, match=f"^lora.target_modules: {message}"):
-        preflight(config(f"lora.target_modules={targets}"), sharded=False)
+        preflight(config(f"lora.target_modules={targets}"))
 
 
 def test_targets_are_looked_at_without_memory(tmp_path: Path):
@@ -132,5 +127,5 @@ def test_targets_are_looked_at_without_memory(tmp_path: Path):
     folder = a_model(tmp_path / "model", config__json=json.dumps(shape | {"num_hidden_layers": 80}))
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"^lora.target_modules: nope"):
-        preflight(config(f"model.path={folder}", "lora.target_modules=[nope]"), sharded=False)
+        preflight(config(f"model.path={folder}", "lora.target_modules=[nope]"))
     assert time.monotonic() - start < 20

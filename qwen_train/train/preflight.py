@@ -14,21 +14,18 @@ from transformers.utils.hub import has_file
 
 from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.model.load import load_model_config
-from qwen_train.train.optim import SHARDED_8BIT
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 HEADS = ("lm_head", "embed_tokens")
 
 
-def preflight(config: SFTConfig, sharded: bool) -> None:
+def preflight(config: SFTConfig) -> None:
     """Refuse (ValueError, one line) what would otherwise end the run after its data are tokenised, or even trained.
 
-    `sharded`: under FSDP2. Of hub models it asks the hub for file names and the config, nothing large.
+    Of hub models it asks the hub for file names and the config, nothing large.
     """
     check_packages(config)
-    if config.optim.name == "adamw_8bit" and sharded:
-        raise ValueError(SHARDED_8BIT)
     _check_folder("model.path", config.model.path)
     shape = load_model_config(config.model)
     if not config.model.from_scratch:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qwen_train.train.blocks import Block, BlockReader, Shard
+from qwen_train.train.optim import SHARDED_8BIT
 
 if TYPE_CHECKING:
     from qwen_train.config import SFTConfig
@@ -88,10 +89,7 @@ def check_shardable(config: "SFTConfig") -> None:
             "configs/accelerate/ddp.yaml, where every GPU holds them, or quantization none"
         )
     if config.optim.name == "adamw_8bit":
-        raise ValueError(
-            "optim.name: adamw_8bit cannot hold the state of sharded parameters; use adamw, or "
-            "configs/accelerate/ddp.yaml"
-        )
+        raise ValueError(SHARDED_8BIT)
 
 
 def shard(accelerator: Accelerator, model: "PackedLM") -> None:
