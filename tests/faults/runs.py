@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.scripts import TINY, Result, ScriptRunner, read_metrics
+from tests.scripts import TINY, Result, ScriptRunner, num_lines, read_metrics
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 2, 5
 Kind = Literal["sft", "dpo"]
@@ -88,15 +88,20 @@ def make_runs(kind: Kind, folder: Path, cache_dir: Path, scripts: ScriptRunner, 
     return Runs(kind, folder, cache_dir, scripts)
 
 
-def kill_after(seconds: float, number: int = signal.SIGKILL) -> Callable[[int], None]:
-    """For `meanwhile`: send the signal so many seconds after the start; nothing if the process has ended by then."""
+def kill_at(log: Path, lines: int, seconds: float) -> Callable[[int], None]:
+    """For `meanwhile`: kill -9 so many seconds after the log has so many lines; nothing if the process ends before."""
 
-    def wait(pid: int) -> None:
-        time.sleep(seconds)
+    def watch(pid: int) -> None:
+        deadline = time.monotonic() + 120
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+            while num_lines(log) < lines:
+                assert time.monotonic() < deadline, "the moment for the signal never came"
+                os.kill(pid, 0)
+                time.sleep(0.002)
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGKILL)
 
-    return wait
+    return watch
 
 
 def digest(path: Path) -> str:
