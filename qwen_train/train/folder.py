@@ -419,6 +419,7 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
             run.note(reason)
             _report(run, folder, "interrupted", reason)
             run.close(reason if early else "")  # in training all ranks leave together
+            _end_workers()
             sys.exit(128 + (run.stop_signal or 15))
         if isinstance(cause, ValueError):
             _refuse(run, folder, "refused", str(cause))
@@ -457,6 +458,17 @@ def _follow(run: Run, folder: Path, name: str | None, departure: Departure) -> i
         print_errors(reason)
     run.close(reason)
     return 1
+
+
+def _end_workers() -> None:
+    """Kill the worker processes that are left: the interpreter's exit would wait for them.
+
+    One that was forked in the moment of the signal can stand at a lock that nobody holds any more, for ever.
+    """
+    for package in ("multiprocessing", "multiprocess"):  # the second is what `datasets` uses
+        if package in sys.modules:
+            for worker in sys.modules[package].active_children():
+                worker.kill()
 
 
 def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> NoReturn:
