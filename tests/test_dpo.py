@@ -341,7 +341,7 @@ def test_a_bad_pair_is_named_with_file_and_line(kind: str, tmp_path: Path, scrip
         (("--model.from_scratch", "true"), "random weights are not the base of an adapter"),
         (("--reference.source", "start_adapter"), "start_adapter is for training that continues an adapter"),
         (("--reference.source", "model"), "source model needs a path"),
-        (("--reference.source", "model", "--reference.path", "/nonexistent"), "reference.path: the folder /nonexistent does not exist"),
+        (("--reference.source", "model", "--reference.path", "/nonexistent"), "reference.path: the folder"),
         (("--loss.name", "simpo", "--reference.precompute", "true"), "reference.precompute: has no effect"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
