@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config, task_of
+from qwen_train.config import ModelConfig, SFTConfig, load_for_tool, tool_parser
 from qwen_train.data import formats
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
@@ -37,9 +37,7 @@ ROWS_PER_UPDATE = 500
 def main(argv: list[str]) -> int:
     """Check, report, and return the exit code. Raises ValueError, ArgumentError or CannotWriteError for mistakes."""
     options, others = parser().parse_known_args(argv)
-    config_argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
-    kind: Kind = options.task or task_of(options.config, others)
-    config, warnings = load_config(SFTConfig if kind == "sft" else DPOConfig, config_argv)
+    kind, config, warnings = load_for_tool(options, others)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     splits = sources_of(config, kind)
@@ -79,15 +77,10 @@ def main(argv: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the check itself; all others are the config's."""
-    made = argparse.ArgumentParser(
-        prog="check.py",
-        description="Flight check of the data a training would use. Exit code 0 clean, 1 rows in error, 2 unusable.",
-        epilog="All fields of the config are options too (--section.field value), as for launch/sft.py --help.",
-        allow_abbrev=False,
-        exit_on_error=False,
+    made = tool_parser(
+        "check.py",
+        "Flight check of the data a training would use. Exit code 0 clean, 1 rows in error, 2 unusable.",
     )
-    made.add_argument("--config", action="append", default=[], help="the training's YAML; without, the tiny default")
-    made.add_argument("--task", choices=["sft", "dpo"], help="default: dpo if the config says loss or reference")
     made.add_argument("--show", type=int, default=0, metavar="N", help="print the first N rows with their mask")
     made.add_argument("--dump", metavar="FILE", help="write token ids and labels of every kept row, one JSON a line")
     made.add_argument("--html", metavar="FILE", help="write the whole report, all problems and some rows as a page")

@@ -7,7 +7,6 @@ fits; 1 it does not; 2 a config or an option that cannot be used.
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig, load_config, print_errors, task_of
+from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig, load_config, load_for_tool, print_errors, tool_parser
 from qwen_train.model.memory import GIB, DoesNotFitError
 from qwen_train.model.shapes import shape_of
 from qwen_train.output.plan_view import (
@@ -46,9 +45,7 @@ def main(argv: list[str]) -> int:
         console.print(markdown_table([read(path) for path in family()]), markup=False, soft_wrap=True)
         return 0
     check(options)
-    config_argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
-    task = options.task or task_of(options.config, others)
-    config, _ = load_config(SFTConfig if task == "sft" else DPOConfig, config_argv)
+    _, config, _ = load_for_tool(options, others)
     if options.shards:
         check_shardable(config)
     shape = shape_of(config.model)
@@ -75,15 +72,7 @@ def main(argv: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the plan itself; all others are the config's."""
-    made = argparse.ArgumentParser(
-        prog="plan.py",
-        description="Will it fit, and how fast. Exit code 0 it fits, 1 it does not, 2 unusable.",
-        epilog="All fields of the config are options too (--section.field value), as for launch/sft.py --help.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    made.add_argument("--config", action="append", default=[], help="the training's YAML; without, the tiny default")
-    made.add_argument("--task", choices=["sft", "dpo"], help="default: dpo if the config says loss or reference")
+    made = tool_parser("plan.py", "Will it fit, and how fast. Exit code 0 it fits, 1 it does not, 2 unusable.")
     made.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the run (default 1)")
     made.add_argument("--shards", type=int, metavar="N", help="GPUs that share one copy of the model (HSDP)")
     made.add_argument("--memory", type=float, metavar="GIB", help="free memory of a GPU; default: this machine's, or "

@@ -572,6 +572,30 @@ def task_of(files: Sequence[str], argv: Sequence[str]) -> Literal["sft", "dpo"]:
     return "dpo" if sections & {"loss", "reference"} else "sft"
 
 
+def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """For a tool beside the trainings: `--config`, `--task`, options of its own; other words are the config's."""
+    made = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="All fields of the config are options too (--section.field value), as for launch/sft.py --help.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    made.add_argument("--config", action="append", default=[], help="the training's YAML; without, the tiny default")
+    made.add_argument("--task", choices=["sft", "dpo"], help="default: dpo if the config says loss or reference")
+    return made
+
+
+def load_for_tool(
+    options: argparse.Namespace, others: Sequence[str]
+) -> tuple[Literal["sft", "dpo"], SFTConfig, list[str]]:
+    """The task, its config and the warnings of what `tool_parser` has parsed and left over. Raises ValueError."""
+    task = options.task or task_of(options.config, others)
+    argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
+    config, warnings = load_config(SFTConfig if task == "sft" else DPOConfig, argv)
+    return task, config, warnings
+
+
 def _values_of(argv: Sequence[str], option: str) -> list[str]:
     following = [after for word, after in itertools.pairwise(argv) if word == option]
     return following + [word.split("=", 1)[1] for word in argv if word.startswith(f"{option}=")]

@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen_train.config import DataConfig, DPOConfig, SFTConfig, load_config
+from qwen_train.config import DataConfig, DPOConfig, SFTConfig, load_config, task_of
 from qwen_train.data import check
 from qwen_train.data.chat import ChatOptions, EncodedConversation, Template
 from qwen_train.data.check import Part, Report, examine, histogram, pair_statistics, percentiles
@@ -653,8 +653,8 @@ def test_bad_input_is_one_line_that_names_the_place(argv, message, script, monke
         ({}, ["--run.seed", "1"], "sft"),
     ],
 )
-def test_the_config_says_which_training_it_is(sections, argv, expected, script, tmp_path):
-    assert script.task_of([config_file(tmp_path, {}, **sections)], argv) == expected
+def test_the_config_says_which_training_it_is(sections, argv, expected, tmp_path):
+    assert task_of([config_file(tmp_path, {}, **sections)], argv) == expected
 
 
 def test_a_file_is_written_whole_or_not_at_all(script, tmp_path):
