@@ -22,7 +22,7 @@ import torch
 from qwen_train.config import OptimConfig
 from qwen_train.train.folder import Progress
 from qwen_train.train.guard import Guard, judge, z_score
-from tests.scripts import TINY, Result, ScriptRunner, num_lines, read_metrics, terminate_when
+from tests.scripts import TINY, FreshProcess, Result, ScriptRunner, num_lines, read_metrics, terminate_when
 from tests.test_fsdp import SHARDING
 
 # --- what a spike is --------------------------------------------------------------------------------------------------
@@ -488,6 +488,7 @@ Guard.accumulate = capped
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_of_a_gpu_that_runs_out(runs: Runs, tmp_path: Path):
     """The allocator's own error, in the midst of forward or backward: what the failed attempt held is free again."""
+    runs = Runs(runs.folder, runs.cache_dir, FreshProcess())
     model = shutil.copytree(TINY / "model", tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}

@@ -64,7 +64,7 @@ def build(
 def logps_and_gradients(model: PackedLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     logps = model(batch).logps
-    (logps * torch.linspace(0, 1, len(logps))).sum().backward()
+    (logps * torch.linspace(0, 1, len(logps), device=logps.device)).sum().backward()
     return logps.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
 
 
@@ -394,7 +394,7 @@ def test_kernels_equal_torch(monkeypatch: pytest.MonkeyPatch):
     fast = outputs()
     monkeypatch.setattr(kernels, "triton", None)
     for index, (one, other) in enumerate(zip(fast, outputs(), strict=True)):
-        assert float((one.float() - other.float()).norm() / other.float().norm()) < 3e-3, index
+        assert float((one.float() - other.float()).norm() / other.float().norm()) < 1e-2, index  # a rounding is 1/256
     monkeypatch.undo()
     plain = kernels.score_logits(logits, targets, None)
     assert torch.equal(plain.logps, fast[-5]), "DPO's reference, which needs no residual, rounds as the policy"
@@ -446,7 +446,7 @@ def test_nf4_values_are_bitsandbytes():
 def test_nf4_is_written_out_as_bitsandbytes_does(shape: tuple[int, int]):
     import bitsandbytes as bnb
 
-    weight = torch.randn(shape).bfloat16() * torch.rand(shape[0], 1)
+    weight = (torch.randn(shape) * torch.rand(shape[0], 1)).bfloat16()
     packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).cuda()
     out = torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16)
     kernels.write_out_nf4(*nf4_tensors(packed), out)

@@ -50,7 +50,8 @@ SMALL = {
     "batch.sequences_per_step": 8,
 }
 
-PHASES = [  # the cases of a phase run side by side, each on GPUs of its own
+GPUS = 2
+PHASES = [  # the cases of a phase run side by side: the large on GPUs of their own, whose speed counts
     [
         Case("lora-1", "model", 1, "single", "sft", LORA | LARGE | {"batch.sequences_per_step": 32}),
         Case("full-1", "model", 1, "fsdp2", "sft", FULL | RECOMPUTED | {"batch.sequences_per_step": 16}, 9),
@@ -61,16 +62,16 @@ PHASES = [  # the cases of a phase run side by side, each on GPUs of its own
     [
         Case("small-lora-1", "small", 1, "single", "sft", LORA | SMALL),
         Case("small-full-1", "small", 1, "fsdp2", "sft", FULL | SMALL),
-    ],
-    [
         Case("small-dpo-1", "small", 1, "single", "dpo", DPO | SMALL),
         Case("small-nf4-1", "small", 1, "single", "sft", NF4 | SMALL),
     ],
-    [Case("small-lora-ddp2", "small", 2, "ddp", "sft", LORA | SMALL)],
-    [Case("small-lora-fsdp2", "small", 2, "fsdp2", "sft", LORA | SMALL)],
-    [Case("small-full-fsdp2", "small", 2, "fsdp2", "sft", FULL | SMALL)],
-    [Case("small-dpo-fsdp2", "small", 2, "fsdp2", "dpo", DPO | SMALL)],
-    [Case("small-nf4-ddp2", "small", 2, "ddp", "sft", NF4 | SMALL)],
+    [
+        Case("small-lora-ddp2", "small", 2, "ddp", "sft", LORA | SMALL),
+        Case("small-lora-fsdp2", "small", 2, "fsdp2", "sft", LORA | SMALL),
+        Case("small-full-fsdp2", "small", 2, "fsdp2", "sft", FULL | SMALL),
+        Case("small-dpo-fsdp2", "small", 2, "fsdp2", "dpo", DPO | SMALL),
+        Case("small-nf4-ddp2", "small", 2, "ddp", "sft", NF4 | SMALL),
+    ],
 ]
 SCALING = [("lora-1", "lora-2"), ("full-1", "full-2")]
 CURVES = [
@@ -206,7 +207,7 @@ def main() -> None:
             continue
         running, gpu = [], 0
         for case in cases:
-            running.append(Running(case, gpu, args, port))
+            running.append(Running(case, gpu % GPUS, args, port))
             gpu, port = gpu + case.gpus, port + 1
         limit = min(args.limit, args.total - (time.monotonic() - begin))
         for run in running:

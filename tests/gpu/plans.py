@@ -1,0 +1,113 @@
+"""Estimates beside measured peaks: `launch/plan.py --measure` of many cases, one line of JSON each.
+
+    python tests/gpu/plans.py --models DIR --out DIR [--gpus N] [--total SECONDS] [CASE ...]
+
+`--models`: a folder with model/ (config.json and tokenizer of the 7B). A case is `label: config options`, CASES without
+any. Cases of one batch run side by side on one GPU: their peaks are their own, their speeds are not, and are left out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TOKENS = "--batch.tokens_per_microbatch"
+LAYERS = "--model.checkpoint_layers"
+BATCHES: list[list[tuple[str, str]]] = [
+    [
+        ("full, adamw", f"sft_qwen2.5_7b_full.yaml {TOKENS} 4096 {LAYERS} 28"),
+    ],
+    [
+        ("QLoRA, 4,096 tokens", f"sft_qwen2.5_7b_qlora.yaml {TOKENS} 4096 {LAYERS} 28 --model.head_chunk 1024"),
+        (
+            "QLoRA, 4,096 tokens, lean",
+            f"sft_qwen2.5_7b_qlora.yaml {TOKENS} 4096 {LAYERS} 28 --model.head_chunk 512 --optim.name adamw_8bit",
+        ),
+        ("LoRA, 16,384 tokens, recomputed", f"sft_qwen2.5_7b_lora.yaml {TOKENS} 16384 {LAYERS} 28"),
+    ],
+    [
+        ("full, adamw_8bit", f"sft_qwen2.5_7b_full.yaml {TOKENS} 4096 {LAYERS} 28 --optim.name adamw_8bit"),
+        ("DPO, NF4", f"dpo_qwen2.5_7b_qlora.yaml {TOKENS} 8192 {LAYERS} 28"),
+    ],
+    [("LoRA, auto", "sft_qwen2.5_7b_lora.yaml")],
+    [("DPO, auto", "dpo_qwen2.5_7b_lora.yaml")],
+    [("QLoRA, auto", "sft_qwen2.5_7b_qlora.yaml")],
+    [("LoRA fp8, 8,192 tokens", f"sft_qwen2.5_7b_lora.yaml {TOKENS} 8192 {LAYERS} 0 --model.quantization fp8")],
+]
+
+
+def start(case: tuple[str, str], gpu: int, args: argparse.Namespace) -> tuple[str, subprocess.Popen]:
+    label, text = case
+    config, *options = text.split()
+    command = [sys.executable, str(ROOT / "launch/plan.py"), "--config", str(ROOT / "configs" / config), *options]
+    command += ["--model.path", str(args.models / "model"), "--model.from_scratch", "true", "--measure", "--json"]
+    log = args.out / f"plan-{''.join(c if c.isalnum() else '-' for c in label)}.log"
+    with open(log, "w") as errors:
+        return label, subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+
+def result(label: str, process: subprocess.Popen, alone: bool, limit: float) -> dict[str, Any]:
+    try:
+        output, _ = process.communicate(timeout=max(1, limit))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return {"case": label, "error": "out of time"}
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if process.returncode or not lines:
+        return {"case": label, "exit": process.returncode, "error": output[-500:]}
+    told = json.loads(lines[-1])["measured"]
+    if not alone:
+        told = {
+            name: told[name] for name in ("tokens_per_microbatch", "checkpoint_layers", "estimated_gib", "peak_gib")
+        }
+    share = told["estimated_gib"] / told["peak_gib"] - 1
+    told = {name: round(value, 2) if isinstance(value, float) else value for name, value in told.items()}
+    return {"case": label, "estimate_off_percent": round(100 * share, 1), **told}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--total", type=float, default=300, help="seconds for all of them")
+    args = parser.parse_args()
+    args.models = args.models.resolve()
+    begin = time.monotonic()
+    waiting, running = list(BATCHES), {}
+    while waiting or running:
+        for gpu in range(args.gpus):
+            if gpu in running or not waiting:
+                continue
+            batch = waiting.pop(0)
+            if args.total - (time.monotonic() - begin) < 45:
+                print(json.dumps({"left_out": [label for label, _ in batch]}), flush=True)
+                continue
+            running[gpu] = [start(case, gpu, args) for case in batch]
+        for gpu, processes in list(running.items()):
+            late = time.monotonic() - begin > args.total
+            if late or all(process.poll() is not None for _, process in processes):
+                limit = args.total - (time.monotonic() - begin)
+                for label, process in processes:
+                    line = json.dumps(result(label, process, len(processes) == 1, limit))
+                    print(line, flush=True)
+                    with open(args.out / "plans.jsonl", "a") as file:
+                        file.write(line + "\n")
+                del running[gpu]
+        time.sleep(0.3)
+
+
+if __name__ == "__main__":
+    main()
