@@ -152,7 +152,9 @@ class FreshProcess:
         environment: dict[str, str] | None = None,
     ) -> Result:
         assert meanwhile is None and ranks == 1
-        program = f"import runpy, sys\n{prelude}\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        program = (
+            f"import runpy, sys\n{prelude}\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        )
         command = [sys.executable, "-c", program, str(ROOT / script), *arguments]
         variables = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"} | (environment or {})
         done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)

@@ -72,6 +72,30 @@ def test_measured_peaks(quantization: str, chunk: int, tokens: int, recomputed: 
     assert abs(estimate / peak_gib - 1) < 0.06, estimate
 
 
+# Peaks of `launch/plan.py --measure` (tests/gpu/plans.py), every layer recomputed; same card and day.
+@pytest.mark.parametrize(
+    ("model", "optimizer", "lora", "tokens", "peak_gib"),
+    [
+        ({"quantization": "nf4", "head_chunk": 1024}, "adamw", True, 4096, 9.73),
+        ({"quantization": "nf4", "head_chunk": 512}, "adamw_8bit", True, 4096, 8.63),
+        ({}, "adamw", False, 4096, 120.31),
+        ({}, "adamw_8bit", False, 4096, 77.83),
+    ],
+    ids=["QLoRA", "QLoRA, lean", "full", "full, 8-bit moments"],
+)
+def test_measured_peaks_of_whole_scripts(
+    model: dict[str, Any], optimizer: str, lora: bool, tokens: int, peak_gib: float
+):
+    given = SFTConfig(
+        model=ModelConfig(**model),
+        lora=LoraConfig(enabled=lora),
+        data=DataConfig(train="x"),
+        optim=OptimConfig(name=optimizer),
+    )
+    estimate = estimate_memory(given, SHAPE_7B, tokens, 28).total / GIB
+    assert abs(estimate / peak_gib - 1) < 0.03, estimate
+
+
 # What the forward keeps for the backward, in bytes a token and layer: of the real model, on the CPU.
 def kept_by_layer(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[float, float]:
     """(counted, estimated): the difference that two more layers make."""

@@ -158,6 +158,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if jacobian is not None:
                 assert chunk.residual is not None
                 torch.mm(chunk.residual, weight, out=jacobian[rows])
+            del chunk  # before the next chunk's logits: 1.2 GiB at 4,096 rows
         ctx.chunk_size, ctx.train_head = chunk_size, train_head
         ctx.save_for_backward(*((hidden, head_weight, targets, logsumexp, miss) if train_head else (jacobian,)))
         ctx.mark_non_differentiable(is_argmax)

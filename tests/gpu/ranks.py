@@ -95,6 +95,20 @@ def make_weights(folder: Path, out: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(folder), str(out)], check=True)
 
 
+def wait_until_free(share: float = 0.97, limit: float = 30) -> None:
+    """Until the last phase's killed processes have given their memory back: the next one would be refused for it."""
+    query = ["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
+    begin = time.monotonic()
+    while time.monotonic() - begin < limit:
+        try:
+            rows = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+        except (OSError, subprocess.CalledProcessError):  # no such tool, or no GPU: nothing to wait for
+            return
+        if all(float(used) <= (1 - share) * float(total) for used, total in (row.split(",") for row in rows)):
+            return
+        time.sleep(0.5)
+
+
 class Running:
     """A case under way."""
 
@@ -135,6 +149,11 @@ class Running:
         whole = [json.loads(line) for line in lines if line.endswith("\n")]
         return [line for line in whole if "train/loss" in line]
 
+    def errors(self) -> str:
+        """What the script itself said, which elastic's report follows with pages of its own."""
+        lines = self.log.read_text().splitlines()
+        return "\n".join([line for line in lines if line.startswith("error")] or lines[-12:])[:1500]
+
     def ended(self, limit: float) -> bool:
         over = time.monotonic() - self.begin > limit
         return len(self.lines()) >= self.case.steps or self.process.poll() is not None or over
@@ -143,6 +162,8 @@ class Running:
         lines, code = self.lines()[: self.case.steps], self.process.poll()
         if code is None:
             os.killpg(self.process.pid, signal.SIGKILL)
+            # The launcher's ranks are process groups of their own.
+            subprocess.run(["pkill", "-KILL", "-f", f"run.name={self.case.name} "], check=False)
         self.process.wait()
         speeds = [line["perf/tokens_per_second"] for line in lines[WARM:]]
         return {
@@ -156,7 +177,7 @@ class Running:
             "losses": [round(line["train/loss"], 5) for line in lines],
             "norms": [round(line["train/grad_norm"], 5) for line in lines],
             "seconds": round(time.monotonic() - self.begin),
-            "end": None if lines else self.log.read_text()[-1500:],
+            "end": None if lines else self.errors(),
         }
 
 
@@ -202,6 +223,7 @@ def main() -> None:
         for model in {case.model for case in cases}:
             if not (args.work / model).exists():
                 make_weights(args.data / model, args.work / model)
+        wait_until_free()
         if time.monotonic() - begin > args.total - 40:
             say({"left_out": [case.name for case in cases]})
             continue
