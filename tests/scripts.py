@@ -140,24 +140,14 @@ class ForkServer:
 class FreshProcess:
     """A process of its own for a script on a GPU: CUDA, once begun, does not survive a fork."""
 
-    def run(
-        self,
-        output: Path,
-        script: str,
-        *arguments: str,
-        meanwhile: Callable[[int], Any] | None = None,
-        prelude: str = "",
-        folder: Path = ROOT,
-        ranks: int = 1,
-        environment: dict[str, str] | None = None,
-    ) -> Result:
-        assert meanwhile is None and ranks == 1
+    def run(self, output: Path, script: str, *arguments: str, prelude: str = "", **others: Any) -> Result:
+        assert not others, "only the fork server knows these"
         program = (
             f"import runpy, sys\n{prelude}\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
         )
         command = [sys.executable, "-c", program, str(ROOT / script), *arguments]
-        variables = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"} | (environment or {})
-        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+        variables = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
         output.write_text(done.stdout + done.stderr)
         return Result(done.returncode, output.read_text())
 
