@@ -271,8 +271,8 @@ class ChunkScores(NamedTuple):
 def score_logits(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | None) -> ChunkScores:
     """`logprobs.chunk_scores` on a GPU: logits float32[C, V] are read twice (once without residual), not written.
 
-    Scores and residual are kernels of their own: of two forms of one kernel, with and without residual, the compiler
-    contracted the sums in two ways, and DPO's reference did not round as the policy.
+    Scores and residual are kernels of their own: two forms of one kernel, with and without residual, may be compiled to
+    sums that differ in the last bit, and DPO's reference, which needs none, is to round as the policy.
     """
     assert logits.is_contiguous()
     rows, vocabulary = logits.shape
