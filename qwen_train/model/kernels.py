@@ -281,10 +281,10 @@ def score_logits(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | 
     residual = None if residual_dtype is None else torch.empty_like(logits, dtype=residual_dtype)
     if rows:
         _score_logits_kernel[(rows,)](logits, targets, logps, is_argmax, logsumexp, miss, vocabulary, 4096, num_warps=8)
-    if rows and residual is not None:
-        _residual_kernel[rows, triton.cdiv(vocabulary, 4096)](
-            logits, targets, logsumexp, miss, residual, vocabulary, 4096, num_warps=8
-        )
+        if residual is not None:
+            _residual_kernel[rows, triton.cdiv(vocabulary, 4096)](
+                logits, targets, logsumexp, miss, residual, vocabulary, 4096, num_warps=8
+            )
     return ChunkScores(logps, is_argmax, logsumexp, miss, residual)
 
 

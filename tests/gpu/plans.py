@@ -1,9 +1,9 @@
 """Estimates beside measured peaks: `launch/plan.py --measure` of many cases, one line of JSON each.
 
-    python tests/gpu/plans.py --models DIR --out DIR [--gpus N] [--total SECONDS] [CASE ...]
+    python tests/gpu/plans.py --models DIR --out DIR [--gpus N] [--total SECONDS]
 
-`--models`: a folder with model/ (config.json and tokenizer of the 7B). A case is `label: config options`, CASES without
-any. Cases of one batch run side by side on one GPU: their peaks are their own, their speeds are not, and are left out.
+`--models`: a folder with model/ (config.json and tokenizer of the 7B). Cases of one batch run side by side on one GPU:
+their peaks are their own, their speeds are not, and are left out.
 """
 
 import argparse
@@ -18,10 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TOKENS = "--batch.tokens_per_microbatch"
 LAYERS = "--model.checkpoint_layers"
-BATCHES: list[list[tuple[str, str]]] = [
-    [
-        ("full, adamw", f"sft_qwen2.5_7b_full.yaml {TOKENS} 4096 {LAYERS} 28"),
-    ],
+BATCHES = [  # of (label, config and options)
+    [("full, adamw", f"sft_qwen2.5_7b_full.yaml {TOKENS} 4096 {LAYERS} 28")],
     [
         ("QLoRA, 4,096 tokens", f"sft_qwen2.5_7b_qlora.yaml {TOKENS} 4096 {LAYERS} 28 --model.head_chunk 1024"),
         (
