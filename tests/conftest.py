@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: tests/test_kernels.py
+
 from tests.scripts import ForkServer, ScriptRunner
 
 

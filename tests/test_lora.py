@@ -13,7 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_
 
 from qwen_train.config import DataConfig, LoraConfig, ModelConfig, SFTConfig
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
-from qwen_train.model import kernels, last_layer, load, logprobs, lora
+from qwen_train.model import kernels, last_layer, load, lora
 from qwen_train.model.frozen import backward_product, forward_product, nf4_tensors, out_features, quantize_fp8
 from qwen_train.model.load import PackedLM, load_model, load_tokenizer, trainable_parameters
 
@@ -359,98 +359,10 @@ def test_rounded_rows():
     assert (values.float().abs().amax(1) == 448).all(), "each row uses the whole range"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_equal_torch(monkeypatch: pytest.MonkeyPatch):
-    gate_up = torch.randn(300, 2 * 1100, device="cuda", dtype=torch.bfloat16)
-    grad = torch.randn(300, 1100, device="cuda", dtype=torch.bfloat16)
-    x, weight = gate_up[:, :1100].contiguous(), torch.rand(1100, device="cuda", dtype=torch.bfloat16)
-    low, b = (torch.randn(rows, width, device="cuda").bfloat16() for rows, width in ((300, 24 + 40), (2200, 40)))
-    grad_low, a = low[:, 5:29], torch.randn(24, 1100, device="cuda").bfloat16()
-    cos, sin = torch.rand(2, 300, 100, device="cuda").bfloat16()
-    heads = [torch.randn(300, count, 100, device="cuda").bfloat16() for count in (5, 3, 3)]
-    logits, targets = torch.randn(300, 5000, device="cuda") * 8, torch.randint(5000, (300,), device="cuda")
-    logits[0, targets[0]] = 105.0
-
-    def outputs() -> list[Tensor]:
-        normed, scale = kernels.rms_norm(x, weight, 1e-6)
-        whole = gate_up.clone()
-        score = kernels.score_logits if kernels.triton else logprobs.chunk_scores
-        return [
-            kernels.swiglu(gate_up),
-            kernels.swiglu(whole, low, b, 24),
-            whole,
-            kernels.swiglu_backward(grad, gate_up),
-            kernels.swiglu_backward(grad, gate_up, grad_low, a),
-            normed,
-            kernels.rms_norm_backward(grad, x, weight, scale),
-            *kernels.rotary(gate_up, cos, sin, 16, 3),
-            kernels.rotary_backward(*heads, cos, sin),
-            *kernels.round_rows(gate_up),
-            *kernels.round_rows(gate_up.repeat(1, 6)),
-            *score(logits.clone(), targets, torch.bfloat16),
-        ]
-
-    fast = outputs()
-    monkeypatch.setattr(kernels, "triton", None)
-    for index, (one, other) in enumerate(zip(fast, outputs(), strict=True)):
-        assert float((one.float() - other.float()).norm() / other.float().norm()) < 1e-2, index  # a rounding is 1/256
-    monkeypatch.undo()
-    plain = kernels.score_logits(logits, targets, None)
-    assert torch.equal(plain.logps, fast[-5]), "DPO's reference, which needs no residual, rounds as the policy"
-    miss = fast[-2]
-    assert (miss > 0).all() and float(miss.min()) < 1e-25, "the probability of all others has digits near p = 1"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(
-    ("quantization", "dtype", "gap"), [("none", "float32", 1e-4), ("none", "bfloat16", 0.03), ("nf4", "bfloat16", 0.03)]
-)
-def test_equals_peft_on_a_gpu(monkeypatch: pytest.MonkeyPatch, quantization: str, dtype: str, gap: float):
-    """All kernels within the model, whose products, unlike the emulation, are the GPU's."""
-    options = {"quantization": quantization, "dtype": dtype, "device": "cuda"}
-    plain, fused = build(monkeypatch, fused=False, **options), build(monkeypatch, **options)
-    batch = make_batch(0).to("cuda")
-    one, other = logps_and_gradients(plain, batch), logps_and_gradients(fused, batch)
-    assert (one[0] - other[0]).abs().mean() < gap
-    assert farthest(one[1], other[1]) < (1e-3 if dtype == "float32" else 0.1)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
-def test_zero_adapter_rounds_as_no_adapter_on_a_gpu(monkeypatch: pytest.MonkeyPatch, quantization: str, compile: bool):
-    model = build(monkeypatch, dtype="bfloat16", quantization=quantization, device="cuda", compile=compile)
-    batch = make_batch(2).to("cuda")
-    for name, parameter in trainable_parameters(model).items():
-        if "lora_B" in name:
-            parameter.data.zero_()
-    with torch.no_grad(), model.adapter_off():
-        reference = model(batch).logps
-    policy = model(batch).logps
-    policy.sum().backward()
-    assert torch.equal(policy, reference)
-
-
 def test_nf4_values_are_bitsandbytes():
     import bitsandbytes as bnb
 
     assert bnb.functional.get_4bit_type("nf4", device="cpu").tolist() == list(kernels.NF4_VALUES)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", [(64, 256), (7, 320), (1100, 3584)])
-def test_nf4_is_written_out_as_bitsandbytes_does(shape: tuple[int, int]):
-    import bitsandbytes as bnb
-
-    weight = (torch.randn(shape) * torch.rand(shape[0], 1)).bfloat16()
-    packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).cuda()
-    out = torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16)
-    kernels.write_out_nf4(*nf4_tensors(packed), out)
-    assert torch.equal(out, bnb.functional.dequantize_4bit(packed, packed.quant_state))
 
 
 @pytest.mark.gpu
