@@ -176,6 +176,15 @@ def test_bad_dpo_rows(row: Any, reason: str) -> None:
     assert caught.value.reason == reason
 
 
+def test_a_named_format_takes_whole_conversations_without_a_prompt() -> None:
+    """The keys of `preference` hold a prompt, so `auto` never sees such a row there; a format that is named does."""
+    row = {"chosen": [U, A], "rejected": [U, {**A, "content": "No."}]}
+    assert parse_row(json.dumps(row), "dpo", "preference") == dpo(row)
+    with pytest.raises(RowError) as caught:
+        parse_row(json.dumps({**row, "prompt": "Other"}), "dpo", "preference")
+    assert caught.value.reason == "prompt_mismatch"
+
+
 PAIR = {"chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}}
 
 

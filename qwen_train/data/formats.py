@@ -618,7 +618,9 @@ def from_preference(row: dict[str, Any]) -> Preference:
     chosen = row.get("chosen")
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict) and chosen[0].get("role") != "assistant":
         preference = from_implicit_preference(row)
-        given = row["prompt"]
+        given = row.get("prompt")
+        if given is None:
+            return preference
         if isinstance(given, str):
             agrees = any(message["content"].strip() == given.strip() for message in preference.prompt)
         else:
