@@ -162,7 +162,7 @@ def train(config: DPOConfig, run: Run) -> None:
                 return
             with throughput.paused():
                 values = evaluate_dpo(run, model, held_out, eval_ref_logps, config.loss)
-                values |= change_since_start(folder.path, values)
+                values |= change_since_start(progress, values)
                 sampled, texts = sample_answers(run, model, held_out, tokenizer)
                 values |= sampled
                 if skills:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from qwen_train.data.packing import Batch
 from qwen_train.loss.preference import metrics_from_sums, preference_loss
 from qwen_train.model.load import PackedLM
-from qwen_train.train.evaluate import pair_sums, preference_metrics
+from qwen_train.train.evaluate import change_since_start, pair_sums, preference_metrics
+from qwen_train.train.folder import Progress
 from qwen_train.train.reference import score_pairs, sequence_sums
 from tests.preferences import (
     batch_of,
@@ -221,6 +223,24 @@ def test_a_loss_without_reference_runs_none(loss: str, start: Path, tmp_path, sc
     assert lines[-1]["eval/logps/chosen"] - lines[0]["eval/logps/chosen"] == pytest.approx(
         lines[-1]["eval/logps/chosen_change"]
     )
+
+
+def test_the_change_without_a_reference_counts_from_the_first_evaluation_with_numbers() -> None:
+    def values(chosen: float, rejected: float) -> dict[str, float]:
+        return {"eval/logps/chosen": chosen, "eval/logps/rejected": rejected}
+
+    progress = Progress()
+    assert change_since_start(progress, values(-math.inf, -9.0) | {"eval/logps/chosen_change": 0.5}) == {}
+    assert progress.start_logps == {}, "the reference tells it"
+    assert change_since_start(progress, {}) == {}, "nan, which is no metric"
+    assert change_since_start(progress, values(-10.0, -9.0)) == {
+        "eval/logps/chosen_change": 0.0, "eval/logps/rejected_change": 0.0,
+    }  # fmt: skip
+    resumed = Progress(**json.loads(json.dumps(dataclasses.asdict(progress), allow_nan=False)))
+    assert change_since_start(resumed, values(-7.0, -math.inf)) == {"eval/logps/chosen_change": 3.0}
+    assert change_since_start(resumed, values(-8.0, -10.5)) == {
+        "eval/logps/chosen_change": 2.0, "eval/logps/rejected_change": -1.5,
+    }  # fmt: skip
 
 
 @pytest.mark.launch

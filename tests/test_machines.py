@@ -104,6 +104,22 @@ def test_each_machine_tokenises_for_itself(folder: Path, scripts: ScriptRunner, 
     assert made[0] == made[1] and len(made[0]) == 1
 
 
+def test_a_loss_without_reference_needs_no_shared_folder(folder: Path, scripts: ScriptRunner):
+    """Each machine has a run.dir of its own: rank 0 alone writes there, and nothing is read back."""
+    for rank in (0, 1):
+        (folder / f"own-{rank}").mkdir()
+    given = ("--run.dir=.", "--loss.name=simpo", f"--data.train={TINY / 'dpo_train.jsonl'}", "--run.steps=2")
+    given += (f"--data.eval={TINY / 'dpo_eval.jsonl'}", "--run.eval_every=1", "--run.eval_samples=0")
+    prelude = TWO_MACHINES + f"os.chdir({str(folder)!r} + '/own-' + os.environ['RANK'])"
+    arguments_ = [*arguments(folder, "own", *given), str(folder / "cache-of-")]
+    result = scripts.run(folder / "own.txt", "launch/dpo.py", *arguments_, prelude=prelude, ranks=2)
+    assert result.code == 0, result.output
+    lines = read_metrics(folder / "own-0/own")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["eval/logps/chosen_change"] == 0 and lines[-1]["eval/logps/chosen_change"] != 0
+    assert list((folder / "own-1").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [

@@ -1,10 +1,8 @@
 """Held-out data: loss, accuracy, whether turns end by themselves, and greedy answers beside the expected ones."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +16,7 @@ from qwen_train.loss.preference import LossConfig, Pairs, metric_sums, metrics_f
 from qwen_train.model.load import PackedLM
 from qwen_train.model.memory import microbatch_tokens
 from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.folder import Progress
 from qwen_train.train.reference import Reference, RefLogps, score_pairs
 
 if TYPE_CHECKING:
@@ -202,16 +201,18 @@ def evaluate_dpo(
     return preference_metrics("eval", run.sum(sums))
 
 
-def change_since_start(folder: Path, values: Mapping[str, float]) -> dict[str, float]:
-    """`eval/logps/chosen_change` and `rejected_change` without a reference: since the evaluation before the first step.
+def change_since_start(progress: Progress, values: Mapping[str, float]) -> dict[str, float]:
+    """`eval/logps/chosen_change` and `rejected_change` of a loss without a reference: since the first evaluation.
 
-    `values` are this evaluation's, `folder` is the run's; nothing where the reference told them already.
+    `values` are this evaluation's; nothing where the reference told them already. `progress` keeps the first one's.
     """
     if "eval/logps/chosen_change" in values:
         return {}
-    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    start = next((line for line in lines if "eval/logps/chosen" in line), values)
-    return {f"eval/logps/{name}_change": values[f"eval/logps/{name}"] - start[f"eval/logps/{name}"] for name in SIDES}
+    now = {side: value for side in SIDES if math.isfinite(value := values.get(f"eval/logps/{side}", math.nan))}
+    progress.start_logps = progress.start_logps or now
+    return {
+        f"eval/logps/{side}_change": now[side] - start for side, start in progress.start_logps.items() if side in now
+    }
 
 
 def under(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

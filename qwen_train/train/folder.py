@@ -297,6 +297,8 @@ class Progress:
     """The token budget since the last of those; None: the config's."""
     data: str = ""
     """Fingerprint of the token arrays that the steps are cut from."""
+    start_logps: dict[str, float] = field(default_factory=dict)
+    """Mean log-probability of the held-out answers at the first evaluation, by side, for losses without a reference."""
     evaluated: int = -1
     """The last step after which held-out data was evaluated; a resumed run makes up for one that was cut short."""
 
