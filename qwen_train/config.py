@@ -60,9 +60,6 @@ def _path_problems(field: str, paths: DataPaths | None) -> Iterator[str]:
         # What is no list of paths or {path: weight} reaches us as the text it was given as.
         if isinstance(path, str) and path.lstrip().startswith(("[", "{")):
             yield f"{field}: expected a path or a list, got {path}; write it as [a.jsonl, {{b.jsonl: 2}}]"
-        for weight in path.values() if isinstance(path, dict) else ():
-            if not (math.isfinite(weight) and weight >= 0):
-                yield f"{field}: a path's weight must be a number >= 0, got {weight}; 1 is one pass an epoch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +159,7 @@ class DataConfig:
 
     train: DataPaths = ""
     """Training rows: a file (.jsonl, .json, .parquet), a `datasets` folder or a hub id; or a list of them, where
-    `path: weight` shows that source's rows `weight` times an epoch."""
+    `path: weight` shows that source's rows `weight` times an epoch (0: never)."""
     eval: DataPaths | None = None
     """Held-out rows, as `train`."""
     eval_sft: DataPaths | None = None

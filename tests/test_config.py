@@ -221,7 +221,6 @@ MISTAKES = [
     ("--lora.dropout=1", "lora.dropout: must be in [0, 1), got 1.0; try 0.05"),
     ("--data.train=", "data.train: no training data named; give a file, folder or hub id"),
     ("--data.train={a: x}", "data.train: expected a path or a list, got {a: x}; write it as [a.jsonl, {b.jsonl: 2}]"),
-    ("--data.eval=[a, {b: -1}]", "data.eval: a path's weight must be a number >= 0, got -1.0; 1 is one pass an epoch"),
     ("--data.max_length=1", "data.max_length: must be > 1 token, got 1; try 4096"),
     ("--run.epochs=1 --run.steps=2", "run.steps: got both steps 2 and epochs 1.0; give one of them"),
     ("--run.steps=0", "run.steps: must be > 0, got 0; try 100"),
@@ -416,9 +415,9 @@ def model(world: World, *arguments: str) -> Any:
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: (calls.append(function), function(*args, **kwargs))[1]
 
-    product, recompute, compiled = logprobs._logits, compile.checkpoint, [0]
+    product, recompute, compiled = logprobs.product_fp32, compile.checkpoint, [0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "_logits", counted(product))
+        patch.setattr(logprobs, "product_fp32", counted(product))
         patch.setattr(compile, "checkpoint", counted(recompute))
         patch.setattr(torch, "compile", lambda forward: compiled.append(1) or forward)
         try:

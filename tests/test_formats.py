@@ -236,19 +236,20 @@ def test_malformed_json(text: str) -> None:
 
 def test_paths() -> None:
     assert resolve_paths("a.jsonl") == [Source("a.jsonl", 1.0)]
-    assert resolve_paths(["a.jsonl", {"b.json": 0.5, "c.json": 2}]) == [
+    assert resolve_paths(["a.jsonl", {"b.json": 0.5, "c.json": 2, "d.json": 0}]) == [
         Source("a.jsonl", 1.0),
         Source("b.json", 0.5),
         Source("c.json", 2.0),
+        Source("d.json", 0.0),
     ]
     bad: list[Any] = [
         "",
         [],
         None,
         [""],
-        [{"a": 0}],
         [{"a": -1}],
         [{"a": float("nan")}],
+        [{"a": float("inf")}],
         [{"a": True}],
         ["a", {"a": 2.0}],
         [3],

@@ -23,6 +23,7 @@ from qwen_train.data.stream import (
     column,
     eval_batches,
     packed_lengths,
+    packed_squares,
     plan_microbatches,
     prefetch,
 )
@@ -54,7 +55,7 @@ def held(stream: Stream, steps) -> list[int]:
 
 
 def assert_same(one: MicroBatches, other: MicroBatches) -> None:
-    for name in ("total_weight", "num_tokens", "num_sequences", "rows", "epoch"):
+    for name in ("total_weight", "num_tokens", "num_sequences", "mean_length", "rows", "epoch"):
         assert getattr(one, name) == getattr(other, name), name
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
@@ -189,17 +190,27 @@ def test_a_mix_without_shuffle_keeps_the_order_of_the_file():
     assert stream[0].rows == stream[1].rows == [0, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_impossible_weights_are_refused(weight):
-    with pytest.raises(ValueError, match=r"data\.train: a path's weight must be"):
-        make(source_weights=[weight])
-
-
 def test_an_empty_epoch_is_refused():
     with pytest.raises(ValueError, match=r"data\.train: an epoch holds no rows"):
         make(source_weights=[0.0])
     with pytest.raises(ValueError, match=r"data\.train: an epoch holds no rows"):
         make(lengths=LENGTHS[:0], total_weights=WEIGHTS[:0])
+
+
+# ---- what attention costs ----
+
+
+def test_the_mean_length_is_that_of_a_token_and_of_all_ranks():
+    """A mean sequence of three of 200 tokens and one of 4,096 has 1,174; a mean token stands in one of 3,598."""
+    lengths = np.array([200, 200, 200, 4096])
+    rows = [(np.zeros(length), np.r_[0, np.ones(length - 1)]) for length in lengths]
+    collate = lambda members: pack_sequences([rows[member] for member in members], members)  # noqa: E731
+    for rank in range(2):
+        step = make(lengths=lengths, total_weights=lengths - 1, collate=collate, sequences_per_step=4, epochs=1,
+                    tokens_per_microbatch=4096, rank=rank, world_size=2)[0]  # fmt: skip
+        assert step.mean_length == pytest.approx((3 * 200**2 + 4096**2) / 4696)
+        assert step.batches[0].mean_length == pytest.approx((4096, 200)[rank]), "not of one rank's share"
+        assert collate(range(4)).mean_length == pytest.approx(step.mean_length)
 
 
 # ---- how they are spread ----
@@ -398,6 +409,14 @@ def test_preferences_from_columns(share):
     )  # fmt: skip
     step = stream[3]
     assert (step.num_sequences, step.total_weight) == (2, 2.0)
+    squares = packed_squares(dataset, share)
+    assert collate_pairs([0, 4]).mean_length == pytest.approx(squares[[0, 4]].sum() / lengths[[0, 4]].sum())
+    long = [len(dataset[1][name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    attended = sum(  # by every token, itself included
+        sum(range(first + 1, first + added + 1))
+        for first, added in [(0, long[0]), (long[0], long[1]), *([] if share else [(0, long[0])]), (long[0], long[2])]
+    )
+    assert squares[1] + lengths[1] == 2 * attended
     for batch in step:
         assert batch.num_sequences == 2 * len(batch.rows)
         for i, row in enumerate(batch.rows):

@@ -103,7 +103,10 @@ def row_place(path: str, row: int, has_lines: bool) -> str:
 
 
 def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.train") -> list[Source]:
-    """The config's value as a list of sources: a path, or a list of paths and `path: weight` entries (weight > 0)."""
+    """The config's value as a list of sources: a path, or a list of paths and `path: weight` entries.
+
+    A weight of 0 leaves the path out of training.
+    """
     if paths is None or paths == "" or paths == []:
         raise ValueError(f"{name}: no path given; give a file, a folder or a hub id")
     entries = paths if isinstance(paths, list) else [paths]
@@ -115,8 +118,11 @@ def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.
                 raise ValueError(
                     f"{name}: a path must be a non-empty string, got {path!r}; give a file, folder or hub id"
                 )
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-                raise ValueError(f"{name}: the weight of {path!r} must be a finite number above 0, got {weight!r}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"{name}: the weight of {path!r} must be a number >= 0, got {weight!r}; 1 is one pass an epoch, "
+                    "0 leaves the path out"
+                )
             sources.append(Source(path, float(weight)))
     seen = [source.path for source in sources]
     for path in seen:

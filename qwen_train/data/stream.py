@@ -38,6 +38,9 @@ class MicroBatches:
     num_sequences: int
     """Conversations or pairs of the global step."""
 
+    mean_length: float
+    """Length of the sequence in which a mean token of the global step stands: what attention costs a token."""
+
     rows: list[int]
     """Data set rows of the global step, in the stream's order."""
 
@@ -68,6 +71,7 @@ class Stream:
         sequences_per_step: int,
         tokens_per_microbatch: int,
         seed: int,
+        squares: IntArray | None = None,
         epochs: float | None = None,
         shuffle: bool = True,
         sources: IntArray | None = None,
@@ -76,9 +80,11 @@ class Stream:
         world_size: int = 1,
     ) -> None:
         """``lengths``: packed tokens of each row; ``total_weights``: what each row adds to the step's divisor;
-        ``sources``: index into ``source_weights`` of each row (None: all are of the first source)."""
+        ``squares``: squared lengths of each row's sequences (None: a row is one sequence); ``sources``: index into
+        ``source_weights`` of each row (None: all are of the first source)."""
         self.lengths = np.asarray(lengths)
         self.total_weights = np.asarray(total_weights)
+        self.squares = self.lengths.astype(np.int64) ** 2 if squares is None else squares
         self.collate = collate
         self.sequences_per_step = sequences_per_step
         self.tokens_per_microbatch = tokens_per_microbatch
@@ -91,11 +97,6 @@ class Stream:
         self.world_size = world_size
         self._orders: dict[int, IntArray] = {}
         assert len(self.lengths) == len(self.total_weights) == len(self.sources), "one entry a row"
-        if not all(math.isfinite(weight) and weight >= 0 for weight in self.source_weights):
-            raise ValueError(
-                f"data.train: a path's weight must be a number >= 0, got {list(self.source_weights)}; "
-                "1 is one pass an epoch, 0 leaves the path out"
-            )
         check_budget(self.lengths, tokens_per_microbatch)
         rows_of_source = np.bincount(self.sources, minlength=len(self.source_weights))
         assert len(rows_of_source) == len(self.source_weights), "a row of a source without a weight"
@@ -133,11 +134,13 @@ class Stream:
     def __getitem__(self, step: int) -> MicroBatches:
         rows = np.array(self.rows(step))
         plan = plan_microbatches(self.lengths[rows], self.tokens_per_microbatch, self.world_size)
+        num_tokens = int(self.lengths[rows].sum(dtype=np.int64))
         return MicroBatches(
             batches=[self.collate(rows[members].tolist()) for members in plan[self.rank :: self.world_size]],
             total_weight=float(self.total_weights[rows].sum(dtype=np.float64)),
-            num_tokens=int(self.lengths[rows].sum(dtype=np.int64)),
+            num_tokens=num_tokens,
             num_sequences=len(rows),
+            mean_length=int(self.squares[rows].sum()) / num_tokens,
             rows=rows.tolist(),
             epoch=(step * self.sequences_per_step + len(rows)) / self.rows_per_epoch,
         )
@@ -262,10 +265,19 @@ def column(dataset: Any, name: str) -> np.ndarray:
 def packed_lengths(dataset: Any, share_prompt: bool = True) -> IntArray:
     """Packed tokens of each row: its ``length``, and the prompt once more for a pair that does not share it."""
     lengths = column(dataset, "length").astype(np.int64)
-    if not share_prompt:
-        prompts = dataset.with_format("arrow", columns=["prompt_ids"])[:].column("prompt_ids")
-        lengths = lengths + np.asarray(prompts.combine_chunks().value_lengths())
-    return lengths
+    return lengths if share_prompt else lengths + _list_lengths(dataset, "prompt_ids")
+
+
+def packed_squares(dataset: Any, share_prompt: bool) -> IntArray:
+    """Squared lengths of the two sequences of each pair, summed; a shared prompt attends to itself once."""
+    prompt, chosen, rejected = (_list_lengths(dataset, f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
+    return (prompt + chosen) ** 2 + (prompt + rejected) ** 2 - share_prompt * prompt**2
+
+
+def _list_lengths(dataset: Any, name: str) -> IntArray:
+    """Elements of each row's list, without reading the lists."""
+    lists = dataset.with_format("arrow", columns=[name])[:].column(name)
+    return np.asarray(lists.combine_chunks().value_lengths()).astype(np.int64)
 
 
 # ---- collation ahead of the step ----
