@@ -158,7 +158,7 @@ def test_the_head_falls_back_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     logprobs._compiled_chunk_scores.cache_clear()
     hidden, weight, targets = torch.randn(9, 8), torch.randn(30, 8), torch.arange(9)
     with caplog.at_level(logging.WARNING), torch.compiler.config.patch(force_disable_caches=True):
-        plain, compiled = (token_logprobs(hidden, weight, targets, 4, False, compiled=c) for c in (False, True))
+        plain, compiled = (token_logprobs(hidden, weight, targets, 4, compiled=c) for c in (False, True))
     logprobs._compiled_chunk_scores.cache_clear()
     assert torch.equal(plain.logps, compiled.logps)
     assert len(warnings_in(caplog)) == 1

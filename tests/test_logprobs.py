@@ -60,7 +60,7 @@ LOSSES = {"sum": torch.sum, "weighted": weighted_loss, "dpo": dpo_loss}
 @pytest.mark.parametrize("spread", [1.0, 30.0], ids=["usual", "huge logits"])
 def test_values_equal_float64(chunk_size, spread):
     hidden, weight, targets = make_inputs(spread=spread)
-    scores = token_logprobs(hidden, weight, targets, chunk_size, keep_graph=True)
+    scores = token_logprobs(hidden, weight, targets, chunk_size)
     expected = exact_logps(hidden.double(), weight.double(), targets)
     assert scores.logps.dtype == torch.float32
     assert ((scores.logps - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all()
@@ -73,7 +73,7 @@ def test_ties_count_as_argmax():
     weight = torch.eye(4)
     hidden = torch.tensor([[2.0, 2.0, 1.0, 0.0]]).expand(4, 4)
     for dtype in (torch.float32, torch.bfloat16):
-        scores = token_logprobs(hidden.to(dtype), weight.to(dtype), torch.arange(4), 3, keep_graph=False)
+        scores = token_logprobs(hidden.to(dtype), weight.to(dtype), torch.arange(4), 3)
         assert scores.is_argmax.tolist() == [True, True, False, False]
 
 
@@ -84,7 +84,7 @@ def test_the_loss_equals_cross_entropy_with_ignored_labels():
     labels[torch.rand(40) < 0.4] = -100
     expected = F.cross_entropy((hidden @ weight.T)[:-1], labels[1:], ignore_index=-100)
     supervised = (labels[1:] != -100).nonzero().squeeze(1)
-    logps = token_logprobs(hidden[supervised], weight, labels[1:][supervised], 7, keep_graph=True).logps
+    logps = token_logprobs(hidden[supervised], weight, labels[1:][supervised], 7).logps
     loss = -logps.sum() / len(supervised)
     assert 10 < len(supervised) < 35
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -97,9 +97,9 @@ def test_logps_of_a_completion_equal_the_naive_sum():
     ids = torch.randint(VOCAB, (30,), generator=torch.Generator().manual_seed(1))
     prompt = 11
     naive = sum(F.log_softmax(hidden[i - 1] @ weight.T, -1)[ids[i]].item() for i in range(prompt, 30))
-    ours = token_logprobs(hidden[prompt - 1 : -1], weight, ids[prompt:], 5, keep_graph=False).logps.sum()
+    ours = token_logprobs(hidden[prompt - 1 : -1], weight, ids[prompt:], 5).logps.sum()
     assert ours.item() == pytest.approx(naive, abs=1e-4)
-    shifted = token_logprobs(hidden[prompt:], weight, ids[prompt:], 5, keep_graph=False).logps.sum()
+    shifted = token_logprobs(hidden[prompt:], weight, ids[prompt:], 5).logps.sum()
     assert abs(shifted.item() - naive) > 1
 
 
@@ -111,7 +111,7 @@ def test_logps_of_a_completion_equal_the_naive_sum():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_equal_float64(chunk_size, train_head, loss):
     hidden, weight, targets = make_inputs(train_head=train_head)
-    LOSSES[loss](token_logprobs(hidden, weight, targets, chunk_size, keep_graph=True).logps).backward()
+    LOSSES[loss](token_logprobs(hidden, weight, targets, chunk_size).logps).backward()
     expected_hidden, expected_weight = exact_grads(LOSSES[loss], hidden, weight, targets)
     assert expected_hidden.abs().max() > 1e-3
     assert (hidden.grad - expected_hidden).abs().max() < 1e-5
@@ -124,7 +124,7 @@ def test_gradients_equal_float64(chunk_size, train_head, loss):
 def test_a_trained_head_alone():
     hidden, weight, targets = make_inputs(train_head=True)
     hidden = hidden.detach()
-    weighted_loss(token_logprobs(hidden, weight, targets, 7, keep_graph=True).logps).backward()
+    weighted_loss(token_logprobs(hidden, weight, targets, 7).logps).backward()
     _, expected = exact_grads(weighted_loss, hidden, weight, targets)
     assert (weight.grad - expected).abs().max() < 1e-5
 
@@ -132,7 +132,7 @@ def test_a_trained_head_alone():
 def test_tied_weights_collect_both_gradients():
     _, weight, targets = make_inputs(train_head=True)
     ids = torch.arange(TOKENS) % VOCAB
-    weighted_loss(token_logprobs(F.embedding(ids, weight), weight, targets, 7, keep_graph=True).logps).backward()
+    weighted_loss(token_logprobs(F.embedding(ids, weight), weight, targets, 7).logps).backward()
     exact = weight.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(weighted_loss(exact_logps(F.embedding(ids, exact), exact, targets)), exact)
     assert (weight.grad - expected).abs().max() < 1e-5
@@ -140,7 +140,7 @@ def test_tied_weights_collect_both_gradients():
 
 def test_a_second_backward_gives_the_same():
     hidden, weight, targets = make_inputs()
-    loss = weighted_loss(token_logprobs(hidden, weight, targets, 7, keep_graph=True).logps)
+    loss = weighted_loss(token_logprobs(hidden, weight, targets, 7).logps)
     first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -149,7 +149,7 @@ def test_a_second_backward_gives_the_same():
 def test_no_supervised_token_gives_zero_gradients(train_head):
     hidden, weight, targets = make_inputs(train_head=train_head)
     none = torch.empty(0, dtype=torch.int64)
-    scores = token_logprobs(hidden.index_select(0, none), weight, targets[:0], 7, keep_graph=True)
+    scores = token_logprobs(hidden.index_select(0, none), weight, targets[:0], 7)
     assert scores.logps.shape == scores.is_argmax.shape == (0,)
     scores.logps.sum().backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
@@ -173,7 +173,7 @@ def test_confident_tokens_keep_their_gradient_in_bfloat16(train_head):
     hidden, weight, targets = confident_inputs()
     hidden.requires_grad_()
     weight.requires_grad_(train_head)
-    logps = token_logprobs(hidden, weight, targets, 9, keep_graph=True).logps
+    logps = token_logprobs(hidden, weight, targets, 9).logps
     probabilities = logps.double().exp()
     assert probabilities.min() >= 0.999
     assert probabilities.max() > 0.999999  # where 1 - p has but a digit left in fp32
@@ -194,9 +194,9 @@ def test_confident_tokens_keep_their_gradient_in_bfloat16(train_head):
 def test_autocast_computes_in_bfloat16_and_returns_gradients_of_the_masters():
     hidden, weight, targets = make_inputs(train_head=True)
     with torch.autocast("cpu", torch.bfloat16):
-        logps = token_logprobs(hidden, weight, targets, 7, keep_graph=True).logps
+        logps = token_logprobs(hidden, weight, targets, 7).logps
     low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
-    reference = token_logprobs(*low, targets, 7, keep_graph=True).logps
+    reference = token_logprobs(*low, targets, 7).logps
     assert torch.equal(logps, reference)
     weighted_loss(logps).backward()
     weighted_loss(reference).backward()
@@ -225,9 +225,9 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def watched(hidden, weight, targets, keep_graph=True):
+def watched(hidden, weight, targets):
     with Watch() as forward:
-        logps = token_logprobs(hidden, weight, targets, 7, keep_graph).logps
+        logps = token_logprobs(hidden, weight, targets, 7).logps
     return logps, forward.products
 
 
@@ -241,7 +241,6 @@ def test_products_with_the_head():
     assert backward.products == 0
 
     for without_graph in (
-        lambda: watched(hidden, weight, targets, keep_graph=False),
         lambda: torch.no_grad()(watched)(hidden, weight, targets),
         lambda: watched(hidden.detach(), weight, targets),
     ):
@@ -261,7 +260,7 @@ def test_products_with_the_head():
 def test_whole_logits_never_exist(train_head):
     hidden, weight, targets = make_inputs(tokens=300, size=8, vocab=400, train_head=train_head)
     with Watch() as watch:
-        token_logprobs(hidden, weight, targets, 16, keep_graph=True).logps.sum().backward()
+        token_logprobs(hidden, weight, targets, 16).logps.sum().backward()
     assert watch.largest[torch.float32] == 16 * 400  # one chunk; whole logits would be 300 x 400
     with Watch() as watch:
         exact_logps(hidden, weight, targets).sum().backward()
@@ -298,7 +297,7 @@ def test_a_chunk_is_gone_before_the_next(monkeypatch, train_head):
         hidden, weight, targets = make_inputs(tokens=7 * chunks, train_head=train_head)
         hidden, weight = (x.detach().bfloat16().requires_grad_(x.requires_grad) for x in (hidden, weight))
         with Alive(7) as watch:
-            token_logprobs(hidden, weight, targets, 7, keep_graph=True).logps.sum().backward()
+            token_logprobs(hidden, weight, targets, 7).logps.sum().backward()
         return watch.most
 
     assert most(3) == most(1) > 0
@@ -362,7 +361,7 @@ def test_compiled_equals_plain_with_one_graph_for_all_chunk_lengths():
         hidden, weight, targets = make_inputs(tokens=tokens)
         results = []
         for compiled in (False, True):
-            scores = token_logprobs(hidden, weight, targets, 7, keep_graph=True, compiled=compiled)
+            scores = token_logprobs(hidden, weight, targets, 7, compiled=compiled)
             (grad,) = torch.autograd.grad(weighted_loss(scores.logps), hidden)
             results.append((scores.logps, scores.is_argmax.float(), grad))
         for plain, ours in zip(*results, strict=True):
@@ -378,13 +377,13 @@ def test_bfloat16_on_a_gpu(train_head, compiled):
     hidden, weight, targets = (x.cuda() for x in confident_inputs())
     hidden.requires_grad_()
     weight.requires_grad_(train_head)
-    scores = token_logprobs(hidden, weight, targets, 9, keep_graph=True, compiled=compiled)
+    scores = token_logprobs(hidden, weight, targets, 9, compiled=compiled)
     assert (scores.logps - exact_logps(hidden.double(), weight.double(), targets)).abs().max() < 1e-5
     assert scores.is_argmax.all()
     scores.logps.sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        token_logprobs(hidden, weight, targets, 9, keep_graph=True, compiled=compiled).logps.sum().backward()
+        token_logprobs(hidden, weight, targets, 9, compiled=compiled).logps.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected, expected_weight = exact_grads(torch.sum, hidden, weight, targets)
@@ -412,7 +411,7 @@ class TinyLM(nn.Module):
         hidden = self.embed(ids)
         for layer in self.layers:
             hidden = hidden + F.silu(layer(hidden))
-        return token_logprobs(hidden[:-1], self.lm_head.weight, ids[1:], 7, keep_graph=True)
+        return token_logprobs(hidden[:-1], self.lm_head.weight, ids[1:], 7)
 
 
 def compare_sharded_gradients(rank, store):

@@ -14,13 +14,15 @@ Letters: T packed tokens, K gathered keys, N segments, H query heads, G key head
 """
 
 import inspect
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+
+from qwen_train.data.packing import Batch
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -33,30 +35,11 @@ except ImportError as error:
 ATTENTION = "qwen_train"
 """What `attn_implementation` must say for a model whose forward gets `attention_kwargs`."""
 
-BACKENDS = ("flash", "varlen", "sdpa")
-
 # torch 2.13 wants a flag for fewer key than query heads; 2.11 has no such flag and its kernel takes them as they are.
 VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 GROUP_LENGTH = 128
 """sdpa: segments of up to this many keys are padded to one length; longer ones are grouped by powers of two."""
-
-
-class Segments(Protocol):
-    """The fields of a Batch that attention reads."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def cu_seqlens_q(self) -> Tensor: ...
-    @property
-    def cu_seqlens_k(self) -> Tensor: ...
-    @property
-    def max_q(self) -> int: ...
-    @property
-    def max_k(self) -> int: ...
-    @property
-    def kv_index(self) -> Tensor | None: ...
 
 
 class PaddedGroup(NamedTuple):
@@ -71,10 +54,8 @@ class PaddedGroup(NamedTuple):
 
 
 def resolve_attention(name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
-    """The backend that `name` (`auto` or one of BACKENDS) means here; ValueError when this device or dtype lacks it."""
+    """The backend that `model.attention` (`name`) means here; ValueError when this device or dtype lacks it."""
     device = torch.device(device)
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"model.attention: unknown backend, got {name!r}; use one of auto, {', '.join(BACKENDS)}")
     problem = _kernel_problem(device, dtype)
     if name == "auto":
         if problem:
@@ -101,27 +82,26 @@ def _kernel_problem(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def check_attention(backend: str, sliding_window: int | None, dropout: float) -> None:
-    """Refuse what packed attention would otherwise get silently wrong: sliding windows, dropout in torch's kernel."""
-    if sliding_window is not None:
+def check_config(config: Any, backend: str) -> None:
+    """Refuse (ValueError) what `packed_attention` would get silently wrong for a transformers config.
+
+    Sliding windows, of which it knows nothing, and dropout in torch's kernel, which has none.
+    """
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if sliding and config.sliding_window is not None:
         raise ValueError(
             "model: sliding-window attention is not supported by packed training, got a layer with a window of "
-            f"{sliding_window} tokens; set use_sliding_window to false in the model's config.json"
+            f"{config.sliding_window} tokens; set use_sliding_window to false in the model's config.json"
         )
-    if dropout > 0 and backend == "varlen":
+    if config.attention_dropout > 0 and backend == "varlen":
         raise ValueError(
-            f"model: attention_dropout is not supported by the varlen backend, got {dropout}; set attention_dropout "
-            "to 0 in the model's config.json, or model.attention to flash or sdpa"
+            "model: attention_dropout is not supported by the varlen backend, got "
+            f"{config.attention_dropout}; set attention_dropout to 0 in the model's config.json, or model.attention to "
+            "flash or sdpa"
         )
 
 
-def check_config(config: Any, backend: str) -> None:
-    """`check_attention` for every layer of a transformers config, before any weight is loaded."""
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    check_attention(backend, config.sliding_window if sliding else None, config.attention_dropout)
-
-
-def attention_kwargs(batch: Segments, backend: str) -> dict[str, Any]:
+def attention_kwargs(batch: Batch, backend: str) -> dict[str, Any]:
     """Keyword arguments of the transformers base model's forward that make its layers attend within segments.
 
     Call it with `attn_implementation=ATTENTION`, `input_ids[1, T]`, `position_ids[1, T]` and `use_cache=False`. Every
@@ -150,7 +130,6 @@ def packed_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     packed_backend: str | None = None,
     packed_cu_q: Tensor | None = None,
     packed_cu_k: Tensor | None = None,
@@ -167,7 +146,6 @@ def packed_attention(
             f"attention: {ATTENTION!r} needs packed sequences, got a forward without attention_kwargs; "
             "switch the model to sdpa for anything else (generation, padded batches)"
         )
-    check_attention(packed_backend, sliding_window, dropout)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, E]
     if packed_backend == "sdpa":
         assert packed_restore is not None
@@ -186,7 +164,7 @@ def packed_attention(
     return out[None], None
 
 
-def _padding_plan(batch: Segments) -> tuple[tuple[PaddedGroup, ...], Tensor]:
+def _padding_plan(batch: Batch) -> tuple[tuple[PaddedGroup, ...], Tensor]:
     """Groups of segments to pad together, and for each packed token its row among the padded queries of all groups."""
     device = batch.input_ids.device
     cu_q, cu_k = batch.cu_seqlens_q.cpu().long(), batch.cu_seqlens_k.cpu().long()

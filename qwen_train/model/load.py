@@ -88,6 +88,7 @@ class PackedLM(nn.Module):
     ) -> None:
         super().__init__()
         self.lm = lm
+        check_config(self.causal_lm.config, attention)
         self.dtype = dtype
         self.sharded = False
         self.source: Mapping[str, Tensor] | None = None
@@ -125,9 +126,7 @@ class PackedLM(nn.Module):
             packed_rows=rows,
             **attention_kwargs(batch.bounded(self.max_length), self.attention),
         ).last_hidden_state[0, : len(batch.targets)]
-        return token_logprobs(
-            hidden, lm.lm_head.weight, batch.targets, self.head_chunk, torch.is_grad_enabled(), self.compiled_head
-        )
+        return token_logprobs(hidden, lm.lm_head.weight, batch.targets, self.head_chunk, self.compiled_head)
 
     def _lora_layers(self) -> Iterator[LoraLayer]:
         return (module for module in self.lm.modules() if isinstance(module, LoraLayer))
@@ -306,7 +305,6 @@ def load_model(
     end, pad = special_tokens(tokenizer, model_config.model_type)
     dtype = getattr(torch, config.model.dtype)
     attention = resolve_attention(config.model.attention, device, dtype)
-    check_config(model_config, attention)
     source = None
     if sharded:
         if is_main:

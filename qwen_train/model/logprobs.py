@@ -32,13 +32,13 @@ class TokenScores(NamedTuple):
 
 
 def token_logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk_size: int, keep_graph: bool, compiled: bool = False
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk_size: int, compiled: bool = False
 ) -> TokenScores:
     """Log-probability of each target under `softmax(hidden @ head_weight.T)`, differentiable in hidden and head_weight.
 
-    hidden[S, D], head_weight[V, D], targets[S] int64; S may be 0. `keep_graph=False`, `torch.no_grad()` or inputs that
-    need no gradient skip the work for the backward. Products are taken in the head's dtype (in autocast's where that
-    is on) with fp32 sums and fp32 logits.
+    hidden[S, D], head_weight[V, D], targets[S] int64; S may be 0. `torch.no_grad()` or inputs that need no gradient
+    skip the work for the backward. Products are taken in the head's dtype (in autocast's where that is on) with fp32
+    sums and fp32 logits.
 
     Frozen head: the forward keeps d logp / d hidden, one row [D] per token in that dtype, and the backward scales it by
     the gradient of the token's log-probability: exact for any loss, with no second product with the head. Trainable
@@ -55,7 +55,7 @@ def token_logprobs(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
     # Read here: inside Function.forward the grad mode is always off.
-    grad = keep_graph and torch.is_grad_enabled()
+    grad = torch.is_grad_enabled()
     train_head = grad and head_weight.requires_grad
     keep_jacobian = grad and hidden.requires_grad and not train_head
     with torch.set_grad_enabled(grad), torch.autocast(device, enabled=False):
@@ -152,7 +152,7 @@ class _TokenLogprobs(torch.autograd.Function):
         jacobian = torch.empty_like(hidden) if keep_jacobian else None
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
-            chunk = scores(_logits(hidden[rows], weight), targets[rows], hidden.dtype if keep_jacobian else None)
+            chunk = scores(product_fp32(hidden[rows], weight.T), targets[rows], hidden.dtype if keep_jacobian else None)
             logps[rows], is_argmax[rows] = chunk.logps, chunk.is_argmax
             logsumexp[rows], miss[rows] = chunk.logsumexp, chunk.miss
             if jacobian is not None:
@@ -199,7 +199,7 @@ def _recomputed_grads(
     for start in range(0, hidden.shape[0], chunk_size):
         rows = slice(start, start + chunk_size)
         scale = grad_logps[rows, None]
-        residual = _logits(hidden[rows], weight).sub_(logsumexp[rows, None]).exp_().mul_(-scale)
+        residual = product_fp32(hidden[rows], weight.T).sub_(logsumexp[rows, None]).exp_().mul_(-scale)
         residual = residual.scatter_(1, targets[rows, None], scale * miss[rows, None]).to(hidden.dtype)
         if grad_hidden is not None:
             torch.mm(residual, weight, out=grad_hidden[rows])
@@ -207,13 +207,13 @@ def _recomputed_grads(
     return grad_hidden, grad_weight.to(head_weight.dtype)
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden[C, D] @ weight[V, D].T in fp32: sums of bf16 products are not rounded to bf16, an error of 0.03 at 10."""
-    if hidden.dtype == torch.float32:
-        return hidden @ weight.T
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T  # the CPU has no such product
+def product_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32: sums of bf16 products are not rounded to bf16, which makes an error of 0.03 at 10."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()  # the CPU has no such product
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from qwen_train.model.attention import packed_attention
 from qwen_train.model.frozen import backward_product, forward_product, nf4_tensors, out_features, quantize_fp8
 from qwen_train.model.kernels import rms_norm, rotary, swiglu, swiglu_backward
+from qwen_train.model.logprobs import product_fp32
 
 GROUPS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -139,7 +140,7 @@ def lora_linear_backward(
         grad_x.addmm_(grad_low, _stacked(a, x.dtype))
     else:
         grad_x = x.new_empty(0)
-    return grad_x, _product_fp32(grad_low.T, x), _gradients_of_b(grad, low, b, scale)
+    return grad_x, product_fp32(grad_low.T, x), _gradients_of_b(grad, low, b, scale)
 
 
 @lora_linear_backward.register_fake
@@ -256,7 +257,7 @@ def swiglu_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of h[T, F] and of h A_down^T [T, r] -> gradients of gate|up [T, 2F] and of A_down [r, F] (fp32)."""
     grad_gate_up = swiglu_backward(grad_h, gate_up, grad_low, a_down.to(h.dtype))
-    return grad_gate_up, _product_fp32(grad_low.T, h)
+    return grad_gate_up, product_fp32(grad_low.T, h)
 
 
 @swiglu_gradients.register_fake
@@ -300,7 +301,7 @@ def lora_down_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad[T, O] -> gradients of h[T, F] without the adapter's part, of h A^T [T, r] and of B [O, r] (fp32)."""
     grad_low = grad @ _scaled(b, scale, grad.dtype)
-    return backward_product(grad, frozen, kind, features), grad_low, _product_fp32(grad.T, low).mul_(scale)
+    return backward_product(grad, frozen, kind, features), grad_low, product_fp32(grad.T, low).mul_(scale)
 
 
 @lora_down_backward.register_fake
@@ -373,10 +374,10 @@ def _by_block(wide: Tensor, low: Tensor, b: Sequence[Tensor], scale: float) -> I
 def _gradients_of_b(grad: Tensor, low: Tensor, b: Sequence[Tensor], scale: float) -> Tensor:
     """scale * grad[T, O]^T low[T, R] of each member, flat and end to end, fp32."""
     if _as_one_block(b):
-        parts: Sequence[Tensor] = _diagonal(_product_fp32(grad.T, low), b)
+        parts: Sequence[Tensor] = _diagonal(product_fp32(grad.T, low), b)
     else:
         columns = zip(grad.split([matrix.shape[0] for matrix in b], dim=1), _columns(low, b), strict=True)
-        parts = [_product_fp32(part.T, inner) for part, inner in columns]
+        parts = [product_fp32(part.T, inner) for part, inner in columns]
     return torch.cat([part.flatten() for part in parts]).mul_(scale)
 
 
@@ -389,15 +390,6 @@ def _diagonal(block: Tensor, b: Sequence[Tensor]) -> list[Tensor]:
     """The blocks on the diagonal of [O, R], views."""
     rows = block.split([matrix.shape[0] for matrix in b])
     return [_columns(part, b)[index] for index, part in enumerate(rows)]
-
-
-def _product_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with the sum in fp32 and not rounded on its way out."""
-    if left.dtype == torch.float32:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,7 +488,6 @@ def _attention_forward(
         attention_mask,
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
-        sliding_window=attention.sliding_window,
         **kwargs,
     )
     return attention.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -576,7 +567,7 @@ def _is_plain(member: nn.Module) -> bool:
     if any(getattr(linear, "bias", None) is not None for linear in member.lora_B.values()):
         return False
     dropout = any(not isinstance(module, nn.Identity) for module in member.lora_dropout.values())
-    return not dropout and not member.lora_variant and len(set(member.scaling.values())) == 1
+    return not dropout and not member.lora_variant
 
 
 def _share_scale(members: Sequence[Any]) -> bool:
