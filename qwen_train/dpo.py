@@ -17,6 +17,7 @@ from qwen_train.data.stream import (
     collate_conversations,
     collate_preferences,
     packed_lengths,
+    packed_squares,
     prefetch,
 )
 from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
@@ -61,8 +62,7 @@ from qwen_train.train.saver import Saver, require_room
 def train(config: DPOConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
     run.check(config)
-    splits = {"data.train": config.data.train, "data.eval": config.data.eval, "data.eval_sft": config.data.eval_sft}
-    find_sources(splits)  # before anything asks the hub
+    find_sources(config)  # before anything asks the hub
     config, notes = resolve_start(config)
     preflight(config)
     tokenizer = load_tokenizer(config.model)
@@ -106,6 +106,7 @@ def train(config: DPOConfig, run: Run) -> None:
         skills = hold_out(sft_data, collate_conversations(sft_data.dataset), Template(tokenizer), config)
     stream = Stream(
         lengths=lengths,
+        squares=packed_squares(data.dataset, config.reference.share_prompt),
         total_weights=np.ones(len(data)),  # a pair counts as one
         collate=collate,
         sequences_per_step=config.batch.sequences_per_step,
@@ -212,7 +213,7 @@ def train(config: DPOConfig, run: Run) -> None:
                 optimizer.step()
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens
-            throughput.add(microbatches.num_tokens, microbatches.num_sequences)
+            throughput.add(microbatches.num_tokens, microbatches.num_sequences, microbatches.mean_length)
 
             # -- log, evaluate, save, leave ---------------------------------------------------------------------------
             last = progress.step == total_steps

@@ -31,7 +31,7 @@ from qwen_train.train.saver import Saver, require_room
 def train(config: SFTConfig, run: Run) -> None:
     """Train as `config` says. Raises ValueError for mistakes of the user's, and Interrupted after a signal."""
     run.check(config)
-    find_sources({"data.train": config.data.train, "data.eval": config.data.eval})  # before anything asks the hub
+    find_sources(config)  # before anything asks the hub
     config, notes = resolve_start(config)
     preflight(config)
     folder = run.from_main(lambda: open_run(config))
@@ -145,7 +145,7 @@ def train(config: SFTConfig, run: Run) -> None:
                 optimizer.step()
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens
-            throughput.add(microbatches.num_tokens, microbatches.num_sequences)
+            throughput.add(microbatches.num_tokens, microbatches.num_sequences, microbatches.mean_length)
 
             # -- log, evaluate, save, leave ---------------------------------------------------------------------------
             last = progress.step == total_steps

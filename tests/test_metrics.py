@@ -284,7 +284,7 @@ def test_throughput_counts_training_time_only(clock):
 
     for _ in meter.watch(loader()):
         clock[0] += 4.0
-        meter.add(num_tokens=1000, num_sequences=10)
+        meter.add(num_tokens=1000, num_sequences=10, mean_length=125.0)
     with meter.paused():
         clock[0] += 500.0
     values = meter.read()
@@ -294,7 +294,7 @@ def test_throughput_counts_training_time_only(clock):
             "perf/tokens_per_second": 200.0,
             "perf/pairs_per_second": 2.0,
             "perf/step_seconds": 5.0,
-            "perf/model_tflops": 2000 * 100e9 / 10 / 2 / 1e12,
+            "perf/model_tflops": 2000 * 125e9 / 10 / 2 / 1e12,
             "perf/data_wait_fraction": 0.2,
             "perf/compiled_graphs": compiled_graphs(),
         }

@@ -253,7 +253,9 @@ def test_other_weights_other_data_and_another_dtype_have_caches_of_their_own(
 
 
 def step(batch) -> MicroBatches:
-    return MicroBatches(batches=[batch], total_weight=1.0, num_tokens=1, num_sequences=1, rows=[0], epoch=0.0)
+    return MicroBatches(
+        batches=[batch], total_weight=1.0, num_tokens=1, num_sequences=1, mean_length=1.0, rows=[0], epoch=0.0
+    )
 
 
 def test_the_audit_passes_a_right_start(start: Path, run: Run, tmp_path: Path, cache_dir: Path, capsys) -> None:

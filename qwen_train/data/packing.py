@@ -75,6 +75,12 @@ class Batch:
         """Length T of the packed row, fill included."""
         return self.input_ids.shape[0]
 
+    @property
+    def mean_length(self) -> float:
+        """Length of the sequence in which a mean token stands; a shared prompt belongs to both of its sequences."""
+        queries, keys = self.cu_seqlens_q.diff().double(), self.cu_seqlens_k.diff().double()
+        return float((keys**2 - (keys - queries) ** 2).sum() / queries.sum())
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply ``function`` to every tensor and keep the rest."""
         tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}

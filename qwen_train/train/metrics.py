@@ -309,13 +309,12 @@ class Throughput:
         self.waited = self.outside = self.flops = 0.0
         self.tokens = self.sequences = self.steps = 0
 
-    def add(self, num_tokens: int, num_sequences: int, mean_length: float | None = None) -> None:
+    def add(self, num_tokens: int, num_sequences: int, mean_length: float) -> None:
         """Count one step over all ranks: real tokens, sequences (or pairs), and the length a mean token stands in."""
         self.steps += 1
         self.tokens += num_tokens
         self.sequences += num_sequences
-        length = num_tokens / max(num_sequences, 1) if mean_length is None else mean_length
-        self.flops += num_tokens * self.flops_per_token(length)
+        self.flops += num_tokens * self.flops_per_token(mean_length)
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         """The items; the wait for each of them goes into `perf/data_wait_fraction`."""

@@ -228,6 +228,7 @@ def measure(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Me
         total_weight=1.0,
         num_tokens=NUM_MICRO_BATCHES * batch.num_tokens * run.world_size,
         num_sequences=NUM_MICRO_BATCHES * len(batch.rows) * run.world_size,
+        mean_length=batch.mean_length,
         rows=[],
         epoch=0.0,
     )
@@ -250,7 +251,7 @@ def measure(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Me
     step_seconds = run.maximum(statistics.median(seconds[WARM_STEPS:]))
     flops = flops_per_token(
         shape,
-        min(longest, tokens) / (2 if isinstance(config, DPOConfig) else 1),
+        microbatches.mean_length,
         lora_parameters=num_trainable(model),
         head_fraction=len(batch.targets) / batch.num_tokens,
         reference_forward=reference is not None,
