@@ -18,11 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from qwen_train.config import ModelConfig, SFTConfig, load_for_tool, tool_parser
-from qwen_train.data import formats
+from qwen_train.config import ModelConfig, data_splits, load_for_tool, tool_parser
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
-from qwen_train.data.formats import Kind, Source
+from qwen_train.data.formats import Source, find_sources
 from qwen_train.data.tokenize import JudgedRow, judge_conversations, judge_preferences
 from qwen_train.model.adapters import find_base
 from qwen_train.model.load import load_tokenizer
@@ -40,29 +39,29 @@ def main(argv: list[str]) -> int:
     kind, config, warnings = load_for_tool(options, others)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    splits = sources_of(config, kind)
+    splits, sources = data_splits(config), find_sources(config)
     outputs = {"--dump": options.dump, "--html": options.html}
-    refuse_overwriting({name: path for name, path in outputs.items() if path}, splits)
+    refuse_overwriting({name: path for name, path in outputs.items() if path}, sources)
     template = Template(load_tokenizer(start_of(config.model)))
     chat = ChatOptions.from_config(config.data)
-    judge = judge_conversations if kind == "sft" else judge_preferences
 
     with ExitStack() as stack:
         dump, page = (stack.enter_context(written(path, name)) if path else None for name, path in outputs.items())
         count = stack.enter_context(progress())
 
         def rows(name: str, index: int, source: Source) -> Iterator[JudgedRow]:
-            for row in judge(source.path, template.tokenizer, chat, format=config.data.format, name=name):
+            judge = judge_conversations if splits[name].kind == "sft" else judge_preferences
+            for row in judge(source.path, template.tokenizer, chat, format=splits[name].format, name=name):
                 count(name)
                 if dump and row.encoded is not None:
                     dump(json.dumps(dump_row(row)) + "\n")
                 yield replace(row, source=index)
 
         judged = {
-            name: [(source, rows(name, index, source)) for index, source in enumerate(sources)]
-            for name, sources in splits.items()
+            name: [(source, rows(name, index, source)) for index, source in enumerate(listed)]
+            for name, listed in sources.items()
         }
-        report = examine(kind, judged, template, chat, config, max(options.show, HTML_ROWS if page else 0))
+        report = examine(judged, template, chat, config, max(options.show, HTML_ROWS if page else 0))
         title = f"Flight check: {kind.upper()}, {' + '.join(options.config) or 'embedded tiny config'}"
         if page:
             for piece in html_page(report, title, template):
@@ -87,12 +86,6 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def sources_of(config: SFTConfig, kind: Kind) -> dict[str, list[Source]]:
-    """Sources of the splits. Raises ValueError for one that is missing, before anything is loaded."""
-    formats.check_format(config.data.format, kind)
-    return formats.find_sources({"data.train": config.data.train, "data.eval": config.data.eval})
-
-
 def start_of(model: ModelConfig) -> ModelConfig:
     """The model whose tokenizer the training takes: the base of `model.adapter`, or `model.path`."""
     if model.adapter is None:
@@ -104,8 +97,8 @@ def start_of(model: ModelConfig) -> ModelConfig:
     return model if base == model.path else replace(model, path=base, revision=None)
 
 
-def refuse_overwriting(outputs: dict[str, str], splits: dict[str, list[Source]]) -> None:
-    taken = {Path(source.path).expanduser().resolve(): name for name, sources in splits.items() for source in sources}
+def refuse_overwriting(outputs: dict[str, str], sources: dict[str, list[Source]]) -> None:
+    taken = {Path(source.path).expanduser().resolve(): name for name, listed in sources.items() for source in listed}
     for name, path in outputs.items():
         place = Path(path).expanduser().resolve()
         if place in taken:

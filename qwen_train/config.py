@@ -30,6 +30,7 @@ from qwen_train.loss.preference import LOSSES, LossConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DataPaths = str | list[str | dict[str, float]]
+Kind = Literal["sft", "dpo"]
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
 MAX_DEPTH = 20  # levels of a YAML file: sections, fields, a list, {path: weight}, and room
 MAX_MESSAGE = 1000  # characters of a line about a mistake
@@ -408,6 +409,27 @@ class DPOConfig(SFTConfig):
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
+@dataclass(frozen=True)
+class DataSplit:
+    """Rows that a training reads: where they are, what they are, how they are written."""
+
+    paths: DataPaths
+    kind: Kind
+    format: str
+
+
+def data_splits(config: SFTConfig) -> dict[str, DataSplit]:
+    """All rows that a training of this config reads, by the name of the field; those it trains on come first."""
+    data = config.data
+    kind: Kind = "dpo" if isinstance(config, DPOConfig) else "sft"
+    splits = {"data.train": DataSplit(data.train, kind, data.format)}
+    if data.eval:
+        splits["data.eval"] = DataSplit(data.eval, kind, data.format)
+        if kind == "dpo" and data.eval_sft:
+            splits["data.eval_sft"] = DataSplit(data.eval_sft, "sft", "auto")
+    return splits
+
+
 Config = TypeVar("Config", bound=SFTConfig)
 EMBEDDED = {SFTConfig: REPOSITORY / "configs/tiny/sft.yaml", DPOConfig: REPOSITORY / "configs/tiny/dpo.yaml"}
 
@@ -557,7 +579,7 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
     return config, notices + warnings
 
 
-def task_of(files: Sequence[str], argv: Sequence[str]) -> Literal["sft", "dpo"]:
+def task_of(files: Sequence[str], argv: Sequence[str]) -> Kind:
     """`dpo` where a config file or the command line has a section that only DPO knows."""
     sections = {word[2:].split(".")[0] for word in argv if word.startswith("--")}
     for file in files:
@@ -583,9 +605,7 @@ def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
-def load_for_tool(
-    options: argparse.Namespace, others: Sequence[str]
-) -> tuple[Literal["sft", "dpo"], SFTConfig, list[str]]:
+def load_for_tool(options: argparse.Namespace, others: Sequence[str]) -> tuple[Kind, SFTConfig, list[str]]:
     """The task, its config and the warnings of what `tool_parser` has parsed and left over. Raises ValueError."""
     task = options.task or task_of(options.config, others)
     argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]

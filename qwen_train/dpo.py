@@ -23,12 +23,14 @@ from qwen_train.data.stream import (
 from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
 from qwen_train.loss.preference import Pairs, preference_loss
 from qwen_train.model.adapters import resolve_start
-from qwen_train.model.load import load_model, load_model_config, load_tokenizer, num_trainable
+from qwen_train.model.load import load_model, load_model_config, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
+from qwen_train.model.packed import num_adapter_parameters
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Interrupted, Run
 from qwen_train.train.evaluate import (
     HOW_TO_READ,
+    NUM_PAIR_SUMS,
     change_since_start,
     evaluate_dpo,
     evaluate_sft,
@@ -146,7 +148,7 @@ def train(config: DPOConfig, run: Run) -> None:
     flops = functools.partial(
         flops_per_token,
         model.lm.config,
-        lora_parameters=num_trainable(model),
+        lora_parameters=num_adapter_parameters(model),
         head_fraction=data.report.supervised_tokens / int(lengths.sum()),
         reference_forward=reference.source is not None and not config.reference.precompute,
     )
@@ -189,7 +191,7 @@ def train(config: DPOConfig, run: Run) -> None:
 
         def gradients(microbatches: MicroBatches, step: int) -> Tensor:
             """Adds up this rank's gradients of a step; its share of the `pair_sums`."""
-            sums = torch.zeros(18, dtype=torch.float64, device=run.device)
+            sums = torch.zeros(NUM_PAIR_SUMS, dtype=torch.float64, device=run.device)
             for batch in run.accumulate(microbatches, step):
                 pairs, losses = score(batch)
                 run.backward(losses.sum() / microbatches.total_weight * run.world_size)  # pairs of the global step
@@ -204,12 +206,15 @@ def train(config: DPOConfig, run: Run) -> None:
         for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
             lr = learning_rate(config.optim, step, total_steps)
             set_learning_rate(optimizer, lr)
-            sums = guard.accumulate(gradients, microbatches, step)  # anew in smaller ones if memory runs out
+            # In smaller ones if memory runs out.
+            sums, microbatches = guard.accumulate(gradients, microbatches, step)
             run.average_gradients(model)
             grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
             totals = run.sum(sums)
             loss = totals[0] / microbatches.total_weight
-            if guard.accepts(step, loss, grad_norm, row_losses):  # the same numbers on every rank: all of them agree
+            if guard.accepts(
+                step, microbatches, loss, grad_norm, row_losses
+            ):  # the same numbers on every rank: all of them agree
                 optimizer.step()
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens

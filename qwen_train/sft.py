@@ -13,8 +13,9 @@ from qwen_train.data.packing import Batch
 from qwen_train.data.stream import MicroBatches, Stream, collate_conversations, prefetch
 from qwen_train.data.tokenize import tokenize_conversations
 from qwen_train.model.adapters import resolve_start
-from qwen_train.model.load import load_model, load_model_config, load_tokenizer, num_trainable
+from qwen_train.model.load import load_model, load_model_config, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
+from qwen_train.model.packed import num_adapter_parameters
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Interrupted, Run
 from qwen_train.train.evaluate import evaluate_sft, hold_out, sample_answers
@@ -91,7 +92,7 @@ def train(config: SFTConfig, run: Run) -> None:
     flops = functools.partial(
         flops_per_token,
         model.lm.config,
-        lora_parameters=num_trainable(model),
+        lora_parameters=num_adapter_parameters(model),
         head_fraction=data.report.supervised_tokens / data.report.tokens,
     )
 
@@ -137,11 +138,14 @@ def train(config: SFTConfig, run: Run) -> None:
         for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
             lr = learning_rate(config.optim, step, total_steps)
             set_learning_rate(optimizer, lr)
-            sums = guard.accumulate(gradients, microbatches, step)  # anew in smaller ones if memory runs out
+            # In smaller ones if memory runs out.
+            sums, microbatches = guard.accumulate(gradients, microbatches, step)
             run.average_gradients(model)
             grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
             loss, correct, tokens = run.sum(sums)
-            if guard.accepts(step, loss, grad_norm, row_losses):  # the same numbers on every rank: all of them agree
+            if guard.accepts(
+                step, microbatches, loss, grad_norm, row_losses
+            ):  # the same numbers on every rank: all of them agree
                 optimizer.step()
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens

@@ -107,7 +107,7 @@ def examined(
     splits = {
         f"data.{name}": [(Source(path), judge(path, template.tokenizer, options))] for name, path in files.items()
     }
-    return examine(kind, splits, template, options, config, examples=3)
+    return examine(splits, template, options, config, examples=3)
 
 
 def found(report: Report) -> set[tuple[str, str, str]]:
@@ -183,7 +183,7 @@ def test_duplicates_across_sources_name_the_other_file(template, tmp_path):
         for index, path in enumerate(paths)
     ]
     config, _ = load_config(SFTConfig, ["--config", config_file(tmp_path, {"train": paths})])
-    report = examine("sft", {"data.train": sources}, template, options, config)
+    report = examine({"data.train": sources}, template, options, config)
     assert found(report) == {("warning", "b.jsonl:6", "duplicate")}
     assert f"{paths[0]}:2;" in report.problems[0].message
     assert [source.rows for source in report.splits[0].sources] == [4, 6]
@@ -271,12 +271,28 @@ def test_a_turn_without_a_supervised_stop_token_fails_the_check(template):
         encoded = EncodedConversation(good.input_ids, spans)
         row = JudgedRow(0, "x.jsonl", 0, "x.jsonl:1", "kept", encoded=encoded)
         config = SFTConfig(data=DataConfig(train="x.jsonl"))
-        return examine("sft", {"data.train": [(Source("x.jsonl"), [row])]}, template, ChatOptions(), config)
+        return examine({"data.train": [(Source("x.jsonl"), [row])]}, template, ChatOptions(), config)
 
     whole, cut = report([(start, end, weight)]), report([(start, end - 1, weight)])
     assert (whole.splits[0].stop_coverage, whole.exit_code) == (1.0, 0)
     assert (cut.splits[0].stop_coverage, cut.exit_code) == (0.0, 1)
     assert [problem.reason for problem in cut.problems] == ["no_stop_token"]
+
+
+def test_the_conversations_beside_pairs_are_judged_as_conversations(script, tmp_path, capsys):
+    """`data.eval_sft`: what launch/dpo.py would refuse is NOT READY, and pairs are not compared with conversations."""
+    pairs = write(tmp_path / "pairs.jsonl", [pair(f"What is {n}?", "yes", "no") for n in range(4)])
+    good = write(tmp_path / "good.jsonl", GOOD)
+    path = config_file(tmp_path, {"train": pairs, "eval": pairs, "eval_sft": good, "format": "preference"}, loss={})
+    assert script.main(["--config", path]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if good in line]
+    assert line.split()[:5] == ["data.eval_sft", good, "1", "10", "10"]
+    bad = write(tmp_path / "bad.jsonl", [*GOOD, BAD_ROWS["empty_answer"]])
+    assert script.main(["--config", path, "--data.eval_sft", bad]) == 1
+    out = capsys.readouterr().out
+    assert f"{bad}:11:" in out and "NOT READY: 1 error" in out
+    with pytest.raises(ValueError, match=r"^data\.eval_sft: .*gone\.jsonl' does not exist"):
+        script.main(["--config", path, "--data.eval_sft", str(tmp_path / "gone.jsonl")])
 
 
 def test_no_row_left_is_an_error(template, tmp_path):
@@ -337,7 +353,7 @@ def test_plan_is_what_the_stream_does(template, tmp_path):
         (source, (replace(r, source=i) for r in judge_conversations(source.path, template.tokenizer, options)))
         for i, source in enumerate(sources)
     ]
-    plan = examine("sft", {"data.train": judged}, template, options, config).plan
+    plan = examine({"data.train": judged}, template, options, config).plan
     tokens = tokenize_conversations(data["train"], template.tokenizer, options, workers=1, cache_dir=tmp_path / "cache")
     stream = Stream(
         lengths=tokens.column("length"),
@@ -370,7 +386,7 @@ def test_a_pair_over_the_token_budget_is_an_error(share_prompt, template, tmp_pa
         config, _ = load_config(DPOConfig, ["--config", path])
         judged = judge_preferences(str(tmp_path / "p.jsonl"), template.tokenizer, ChatOptions(max_length=128))
         splits = {"data.train": [(Source(str(tmp_path / "p.jsonl")), judged)]}
-        report = examine("dpo", splits, template, ChatOptions(max_length=128), config)
+        report = examine(splits, template, ChatOptions(max_length=128), config)
         assert report.exit_code == codes
         assert found(report) == ({("error", "p.jsonl:1", "over_budget")} if codes else set())
 
@@ -384,8 +400,8 @@ def test_memory_does_not_grow_with_the_rows(template):
             again = EncodedConversation(ids, encoded.spans)
             yield JudgedRow(0, "x.jsonl", row, f"x.jsonl:{row + 1}", "kept", encoded=again)
 
-    split = check.Split("data.train", [check.SourceCounts("x.jsonl", 1)])
-    reader = check._Reader("sft", split, template, ChatOptions(), check._Problems())
+    split = check.Split("data.train", "sft", [check.SourceCounts("x.jsonl", 1)])
+    reader = check._Reader(split, template, ChatOptions(), check._Problems())
     tracemalloc.start()
     for row in rows(4000):
         reader.take(row, split.sources[0], 0)
@@ -446,7 +462,7 @@ def test_speed_on_one_core(script, tmp_path):
     template = Template(real_tokenizer())
     started = time.process_time()
     judged = judge_conversations(source, template.tokenizer, options)
-    report = examine("sft", {"data.train": [(Source(source), judged)]}, template, options, config)
+    report = examine({"data.train": [(Source(source), judged)]}, template, options, config)
     seconds = time.process_time() - started
     assert report.splits[0].sources[0].tokens / seconds > 30_000
 

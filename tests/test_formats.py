@@ -1,12 +1,14 @@
 """Rows of every format become one form; what is wrong with a row is said with a reason and its place."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
+from qwen_train.config import DataConfig, DPOConfig, SFTConfig
 from qwen_train.data import formats
 from qwen_train.data.formats import Conversation, Preference, RowError, Source, parse_row, read_rows, resolve_paths
 
@@ -214,10 +216,15 @@ def test_a_named_format_takes_a_pair_as_a_conversation() -> None:
 def test_sources_are_looked_for_without_asking_anybody(tmp_path: Path) -> None:
     there = tmp_path / "there.jsonl"
     there.write_text("{}\n")
-    found = formats.find_sources({"data.train": str(there), "data.eval": None, "data.eval_sft": "user/set:test"})
-    assert found == {"data.train": [Source(str(there))], "data.eval_sft": [Source("user/set:test")]}
-    with pytest.raises(ValueError, match=r"^data\.eval: '.*gone\.jsonl' does not exist"):
-        formats.find_sources({"data.train": str(there), "data.eval": [{str(tmp_path / "gone.jsonl"): 2.0}]})
+    data = DataConfig(train=str(there), eval=[{"user/set:test": 2.0}], eval_sft=str(tmp_path / "gone.jsonl"))
+    assert formats.find_sources(SFTConfig(data=data)) == {
+        "data.train": [Source(str(there))],
+        "data.eval": [Source("user/set:test", 2.0)],
+    }, "SFT reads no data.eval_sft"
+    with pytest.raises(ValueError, match=r"^data\.eval_sft: '.*gone\.jsonl' does not exist"):
+        formats.find_sources(DPOConfig(data=data))
+    with pytest.raises(ValueError, match=r"^data\.format: 'alpaca' is no format of dpo rows"):
+        formats.find_sources(DPOConfig(data=replace(data, format="alpaca")))
 
 
 def test_unknown_format_names_keys_and_formats() -> None:

@@ -1,7 +1,7 @@
 """The flight check: judged rows in, a `Report` out. What a training of this config would see, counted and compared.
 
 What a caller uses:
-- `examine(kind, splits, template, options, config, examples)`: streams the rows of every split once and keeps a few
+- `examine(splits, template, options, config, examples)`: streams the rows of every split once and keeps a few
   dozen bytes of each (lengths and hashes, never rows), so that a million rows fit;
 - `dump_row(row)`: a kept row as `--dump` writes it;
 - `Report`: splits with their counts, `problems` with file and line in order of severity, the training plan, examples;
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from qwen_train.config import DPOConfig, SFTConfig
+from qwen_train.config import DPOConfig, Kind, SFTConfig, data_splits
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
-from qwen_train.data.formats import Kind, RowError, Source, row_place
+from qwen_train.data.formats import RowError, Source, row_place
 from qwen_train.data.packing import empty_batch
 from qwen_train.data.stream import Stream, plan_microbatches
 from qwen_train.data.tokenize import JudgedRow
@@ -77,7 +77,7 @@ class Example:
 
 @dataclass
 class SourceCounts:
-    """One path of `data.train` or `data.eval`. Tokens are those of kept rows, a pair's prompt once."""
+    """One path of a split. Tokens are those of kept rows, a pair's prompt once."""
 
     path: str
     weight: float
@@ -102,9 +102,10 @@ class NoteCount:
 
 @dataclass
 class Split:
-    """What was counted of `data.train` or `data.eval`."""
+    """What was counted of `data.train`, `data.eval` or `data.eval_sft`."""
 
     name: str
+    kind: Kind
     sources: list[SourceCounts]
     reasons: Counter[tuple[Level, str]] = field(default_factory=Counter)
     first_places: dict[tuple[Level, str], str] = field(default_factory=dict)
@@ -219,14 +220,13 @@ class _Problems:
 
 
 def examine(
-    kind: Kind,
     splits: Mapping[str, Sequence[tuple[Source, Iterable[JudgedRow]]]],
     template: Template,
     options: ChatOptions,
     config: SFTConfig,
     examples: int = 0,
 ) -> Report:
-    """Judge the rows of every split (`data.train`, `data.eval`: sources and their judged rows) as one data set.
+    """Judge the rows of every split (sources and their judged rows, by the names of `data_splits`) as one data set.
 
     A source whose iterator raises ValueError or OSError is unreadable: an error of its own; the others are judged all
     the same. `examples` is how many of the first training rows to keep for showing.
@@ -235,8 +235,9 @@ def examine(
     picker = _Picker(examples)
     done: list[Split] = []
     for name, sources in splits.items():
-        split = Split(name, [SourceCounts(source.path, source.weight) for source, _ in sources])
-        reader = _Reader(kind, split, template, options, problems)
+        kind = data_splits(config)[name].kind
+        split = Split(name, kind, [SourceCounts(source.path, source.weight) for source, _ in sources])
+        reader = _Reader(split, template, options, problems)
         for index, (source, rows) in enumerate(sources):
             try:
                 for row in rows:
@@ -246,13 +247,13 @@ def examine(
             except (ValueError, OSError) as error:
                 problems.add(split, "error", source.path, UNREADABLE, str(error))
         _compare_within(split, problems)
-        if done:
+        if done and split.kind == done[0].kind:
             _compare_with_train(split, done[0], problems)
         _check_split(split, problems)
         done.append(split)
-    plan = _plan(kind, done[0], config, problems) if done[0].kept else None
+    plan = _plan(done[0], config, problems) if done[0].kept else None
     listed = [problem for level in LEVELS for problem in problems.known[level]]
-    return Report(kind, options, done, plan, listed, picker.examples(), problems.counts)
+    return Report(done[0].kind, options, done, plan, listed, picker.examples(), problems.counts)
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -261,8 +262,8 @@ def examine(
 class _Reader:
     """Counts rows into a split."""
 
-    def __init__(self, kind: Kind, split: Split, template: Template, options: ChatOptions, problems: _Problems) -> None:
-        self.kind, self.split, self.template, self.options, self.problems = kind, split, template, options, problems
+    def __init__(self, split: Split, template: Template, options: ChatOptions, problems: _Problems) -> None:
+        self.split, self.template, self.options, self.problems = split, template, options, problems
 
     def take(self, row: JudgedRow, source: SourceCounts, index: int) -> None:
         source.rows += 1
@@ -314,7 +315,8 @@ class _Reader:
         """Tokens of a row that the length policy shortened or left out; None where it has no encoding at any length."""
         unlimited = replace(self.options, max_length=NO_LIMIT)
         parsed: Any = row.parsed
-        encode: Any = self.template.encode_conversations if self.kind == "sft" else self.template.encode_preferences
+        sft = self.split.kind == "sft"
+        encode: Any = self.template.encode_conversations if sft else self.template.encode_preferences
         result = encode([parsed], unlimited)[0]
         return None if isinstance(result, RowError) else int(result.longest)
 
@@ -465,12 +467,12 @@ def pair_statistics(split: Split) -> PairStatistics | None:
     )
 
 
-def _plan(kind: Kind, train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
+def _plan(train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
     """Steps, tokens and micro-batches that the training would take; an error where a row exceeds the budget."""
     lengths = _numbers(train.prompt_lengths) + _numbers(train.chosen_lengths)
-    if kind == "dpo":
+    if isinstance(config, DPOConfig):
         lengths = lengths + _numbers(train.rejected_lengths)
-        if isinstance(config, DPOConfig) and not config.reference.share_prompt:
+        if not config.reference.share_prompt:
             lengths = lengths + _numbers(train.prompt_lengths)
     budget = config.batch.tokens_per_microbatch
     if budget != "auto" and int(lengths.max()) > budget:

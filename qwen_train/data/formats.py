@@ -2,7 +2,7 @@
 
 What a caller uses:
 - `resolve_paths(data.train)`: the config's `data.train` / `data.eval` as `[Source(path, weight), ...]`;
-- `find_sources({"data.train": ...})`: the same for several fields, each source looked for;
+- `find_sources(config)`: the same for all rows that a training reads, each source looked for;
 - `read_rows(source_index, path)`: `RawRow`s: the JSON text of one row and its place (`file:line`);
 - `parse_row(text, kind, format)`: one JSON text -> `Conversation` or `Preference`, or a `RowError` with a reason;
 - `FORMATS`: the table a new format is added to: a function `row -> Conversation | Preference` and its line here;
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-DataPaths = str | list[str | dict[str, float]]
-Kind = Literal["sft", "dpo"]
+from qwen_train.config import DataPaths, Kind, SFTConfig, data_splits
+
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -131,13 +131,21 @@ def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.
     return sources
 
 
-def find_sources(splits: dict[str, DataPaths | None]) -> dict[str, list[Source]]:
-    """Sources of every split that is given, by field name. Asks no network; ValueError for a file that is not there."""
-    found = {name: resolve_paths(paths, name) for name, paths in splits.items() if paths}
-    for name, sources in found.items():
-        for source in sources:
-            source_kind(source.path, name)
-    return found
+def find_sources(config: SFTConfig) -> dict[str, list[Source]]:
+    """Sources of all rows that a training reads, by field name. Asks no network; ValueError for one that is not there,
+    or for a format that rows of its kind do not have."""
+    return {
+        name: sources_of(split.paths, split.kind, split.format, name) for name, split in data_splits(config).items()
+    }
+
+
+def sources_of(paths: DataPaths, kind: Kind, format: str, name: str) -> list[Source]:
+    """`find_sources` of one field's value."""
+    check_format(format, kind)
+    sources = resolve_paths(paths, name)
+    for source in sources:
+        source_kind(source.path, name)
+    return sources
 
 
 def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parquet", "folder", "hub"]:

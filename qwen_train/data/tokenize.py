@@ -33,19 +33,17 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from qwen_train.config import DataPaths, Kind
 from qwen_train.data import chat, formats
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
 from qwen_train.data.formats import (
     Conversation,
-    DataPaths,
-    Kind,
     Preference,
     RawRow,
     RowError,
     TableColumn,
     parse_row,
     read_rows,
-    resolve_paths,
     row_place,
 )
 from qwen_train.data.scratch import MARK, clean_scratch, scratch_folder
@@ -228,17 +226,11 @@ def judge_preferences(
 def _judge_all(
     kind: Kind, paths: DataPaths, tokenizer: PreTrainedTokenizerBase, options: ChatOptions, format: str, name: str
 ) -> Iterator[JudgedRow]:
-    sources = _checked_sources(paths, kind, format, name)
+    sources = formats.sources_of(paths, kind, format, name)
     template = Template(tokenizer)
     rows = (row for index, source in enumerate(sources) for row in read_rows(index, source.path))
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
         yield from _judge(batch, template, options, kind, format)
-
-
-def _checked_sources(paths: DataPaths, kind: Kind, format: str, name: str) -> list[formats.Source]:
-    formats.check_format(format, kind)
-    resolve_paths(paths, name)  # refuses what names nothing
-    return formats.find_sources({name: paths})[name]
 
 
 def _judge(
@@ -341,7 +333,7 @@ def _tokenize(
     cache_dir: str | Path,
     name: str,
 ) -> TokenDataset:
-    sources = _checked_sources(paths, kind, format, name)
+    sources = formats.sources_of(paths, kind, format, name)
     Template(tokenizer)  # an unusable template is refused before any work, and before an old cache is looked at
     fingerprint = _fingerprint(kind, sources, tokenizer, options, format)
     root = Path(cache_dir).expanduser() / "tokens"

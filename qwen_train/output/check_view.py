@@ -141,16 +141,20 @@ def _checks(report: Report) -> Grid:
         lambda split: (f"{split.distinct_prompts:,} in {split.kept:,} rows", ""),
     )
     train = report.splits[0]
+
+    def compared(split: Split) -> bool:
+        return split is not train and split.kind == train.kind
+
     if len(report.splits) > 1:
         add(
             "rows also in train",
             "the same tokens: held-out loss would flatter",
-            lambda split: ("", "") if split is train else _count(split.rows_in_train, "warning"),
+            lambda split: _count(split.rows_in_train, "warning") if compared(split) else ("", ""),
         )
         add(
             "prompts also in train",
             "with another answer",
-            lambda split: ("", "") if split is train else _count(split.prompts_in_train, "warning"),
+            lambda split: _count(split.prompts_in_train, "warning") if compared(split) else ("", ""),
         )
     columns = ["check", *(split.name for split in report.splits), "remark"]
     return Grid("Checks", columns, "l" + "r" * len(report.splits) + "l", rows, marks)
