@@ -114,7 +114,7 @@ def test_a_missing_or_strange_tensor_is_refused_and_nothing_is_written(tmp_path,
     whole = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
     first = min(whole)
     for broken in ({name: whole[name] for name in whole if name != first}, {**whole, "x.lora_A.weight": whole[first]}):
-        with pytest.raises(ValueError, match=r"export of the adapter: [01] tensors are missing .* nothing was written"):
+        with pytest.raises(RuntimeError, match=r"adapter: [01] tensors are missing .* nothing was written"):
             write_adapter(tmp_path / "adapter", model, broken, tokenizer, "base")
     assert list(tmp_path.iterdir()) == []
 
@@ -122,13 +122,13 @@ def test_a_missing_or_strange_tensor_is_refused_and_nothing_is_written(tmp_path,
 def test_another_adapter_of_the_model_can_be_the_one(tmp_path, tokenizer):
     model = adapted(base_model())
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    write_adapter(tmp_path / "second", model, None, tokenizer, "base", adapter_name="second", dtype=torch.bfloat16)
+    write_adapter(tmp_path / "second", model, None, tokenizer, "base", adapter_name="second")
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "second")
     assert loaded.peft_config["default"].r == 2
     tensors = files_below(tmp_path / "second")
     assert "adapter_model.safetensors" in tensors
     with safe_open(tmp_path / "second" / "adapter_model.safetensors", "pt") as stored:
-        assert len(stored.keys()) == 4 and {stored.get_tensor(name).dtype for name in stored.keys()} == {torch.bfloat16}  # noqa: SIM118
+        assert len(stored.keys()) == 4
 
 
 def test_the_tokenizer_beside_the_weights_renders_the_same(tmp_path, tokenizer):
@@ -197,11 +197,11 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, tokenizer, monkeypat
 def test_a_full_model_loads_plainly(tmp_path, tokenizer, tied, shard_size, monkeypatch):
     monkeypatch.setattr(export, "MAX_SHARD_SIZE", shard_size)
     model = base_model(tied)
-    write_full_model(tmp_path / "model", model, None, tokenizer, dtype=None, card="# card\n")
+    write_full_model(tmp_path / "model", model, None, tokenizer, dtype=None)
     names = files_below(tmp_path / "model")
     assert ("model.safetensors.index.json" in names) == (shard_size == "40KB")
     assert not [name for name in names if PICKLES.search(name)]
-    assert {"README.md", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= {*names}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= {*names}
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert torch.equal(logits(loaded.eval()), logits(model))
@@ -226,7 +226,7 @@ def test_a_model_with_a_missing_tensor_is_refused(tmp_path, tokenizer):
     model = base_model()
     tensors = dict(model.state_dict())
     del tensors["lm_head.weight"]
-    with pytest.raises(ValueError, match=r"export of the model: 1 tensors are missing \(lm_head\.weight\)"):
+    with pytest.raises(RuntimeError, match=r"export of the model: 1 tensors are missing \(lm_head\.weight\)"):
         write_full_model(tmp_path / "model", model, tensors, tokenizer)
 
 

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qwen_train.config import LoraConfig
 from qwen_train.data.packing import Batch
 from qwen_train.model.adapters import base_fingerprint, check_template, concatenate_adapters, resolve_start
-from qwen_train.model.load import load_tokenizer, load_trainable
+from qwen_train.model.load import load_tokenizer
+from qwen_train.model.packed import load_trainable
 from qwen_train.output.merge import load_plainly, packed, score
 from tests.preferences import (
     batch_of,
@@ -149,6 +151,26 @@ def test_the_base_is_the_adapters_own(start: Path, base: str, tmp_path: Path) ->
     edit_json(moved / "adapter" / "adapter_config.json", base_model_name_or_path="runs/gone/base")
     config, _ = resolve_start(dpo_config("--model.path", "x", "--model.adapter", str(moved / "adapter")))
     assert config.model.path == str(moved / "base")
+
+
+def test_an_adapter_that_goes_on_keeps_its_own_settings(start: Path, tmp_path: Path) -> None:
+    own = tmp_path / "continued" / "adapter"
+    shutil.copytree(start, own)
+    changes = {"r": 6, "lora_alpha": 9, "lora_dropout": 0.1, "use_rslora": True, "target_modules": ["v_proj", "q_proj"]}
+    edit_json(own / "adapter_config.json", **changes)
+    given = dpo_config("--model.path", "x", "--model.adapter", str(own), "--model.adapter_start", "continue")
+    config, notes = resolve_start(given)
+    assert config.lora == LoraConfig(r=6, alpha=9.0, dropout=0.1, use_rslora=True, target_modules=["q_proj", "v_proj"])
+    assert notes == [f"start: {own}, to be continued, on {config.model.path}"]
+    merged, _ = resolve_start(dpo_config("--model.path", "x", "--model.adapter", str(own)))
+    assert merged.lora == given.lora != config.lora, "a fresh adapter is as the config says"
+
+
+def test_an_adapter_of_another_kind_is_refused(start: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(start, tmp_path / "adapter")
+    (own / "adapter_config.json").write_text('{"peft_type": "IA3", "base_model_name_or_path": "x"}')
+    with pytest.raises(ValueError, match=r"is an adapter of type .*IA3; give a LoRA adapter"):
+        resolve_start(dpo_config("--model.path", "x", "--model.adapter", str(own)))
 
 
 def test_another_base_is_refused_by_its_weights(start: Path, base: str, dpo: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from qwen_train.config import Config
+from qwen_train.config import Config, LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
@@ -28,7 +29,7 @@ HASH_CHUNK = 2**24
 # Folders
 
 
-def read_adapter_config(folder: str | Path) -> Any:
+def read_adapter_config(folder: str | Path) -> peft.LoraConfig:
     """PEFT's config of an adapter folder.
 
     Raises ValueError where it is not one, or where its initialisation rewrote the base: without the adapter such a base
@@ -41,19 +42,19 @@ def read_adapter_config(folder: str | Path) -> Any:
             "give the adapter/ folder of a run, or leave it out to start from the base"
         )
     try:
-        start = str(json.loads((path / "adapter_config.json").read_text()).get("init_lora_weights", True)).lower()
-    except (ValueError, AttributeError) as error:
+        config = PeftConfig.from_pretrained(str(path))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"model.adapter: {path / 'adapter_config.json'} cannot be read: {error}") from None
+    if not isinstance(config, peft.LoraConfig):
+        raise ValueError(f"model.adapter: {folder} is an adapter of type {config.peft_type}; give a LoRA adapter")
+    start = str(config.init_lora_weights).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq")):
         raise ValueError(
             f"model.adapter: {folder} was initialised by {start}, which rewrote the base, so switching the adapter "
             "off does not give the base back; convert it to a plain LoRA first (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
-    try:
-        return PeftConfig.from_pretrained(str(path))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"model.adapter: {path / 'adapter_config.json'} cannot be read: {error}") from None
+    return config
 
 
 def adapter_sha256(folder: str | Path) -> str:
@@ -84,14 +85,15 @@ def find_base(folder: str | Path) -> str | None:
 def resolve_start(config: Config) -> tuple[Config, list[str]]:
     """The config with the base of `model.adapter` as its `model.path`, and what a person should hear of the start.
 
-    The base is the one that the adapter's config names; a run folder that was moved has it beside the adapter. A
-    `model.path` with weights of its own must be that base by hash. Raises ValueError.
+    An adapter that training continues brings its own rank and so on, as `lora`. The base is the one that the adapter's
+    config names; a run folder that was moved has it beside the adapter. A `model.path` with weights of its own must be
+    that base by hash. Raises ValueError.
     """
     folder = config.model.adapter
     if folder is None:
         weights = "random weights of" if config.model.from_scratch else "the base,"
         return config, [f"start: {weights} {config.model.path}"]
-    read_adapter_config(folder)
+    own = read_adapter_config(folder)
     if config.model.from_scratch:
         raise ValueError(
             f"model.from_scratch: random weights are not the base of an adapter, got model.adapter {folder}; leave one "
@@ -102,11 +104,25 @@ def resolve_start(config: Config) -> tuple[Config, list[str]]:
     if named is None or (given != named and _weight_files(given)):
         check_base(folder, given, config.model.revision)
         named = given
-    notes = [f"start: {folder}, {config.model.adapter_start}d, on {named}".replace("continued", "to be continued")]
-    if named == given:
-        return config, notes
-    model = dataclasses.replace(config.model, path=named, revision=None)
-    return dataclasses.replace(config, model=model), notes
+    continues = config.model.adapter_start == "continue"
+    if continues:
+        config = dataclasses.replace(config, lora=_lora_of(own))
+    if named != given:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=named, revision=None))
+    return config, [f"start: {folder}, {'to be continued' if continues else 'merged'}, on {named}"]
+
+
+def _lora_of(own: peft.LoraConfig) -> LoraConfig:
+    """An adapter's own settings as ours."""
+    targets = own.target_modules or "all-linear"
+    return LoraConfig(
+        r=own.r,
+        alpha=float(own.lora_alpha),
+        dropout=float(own.lora_dropout),
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        use_rslora=own.use_rslora,
+        use_dora=own.use_dora,
+    )
 
 
 def check_base(folder: str, path: str, revision: str | None = None) -> None:
@@ -222,7 +238,7 @@ def concatenate_adapters(lm: PreTrainedModel, folders: Mapping[str, Path]) -> tu
 
     The scales are folded into A, so the new one's is 1. Raises ValueError where PEFT cannot do it (DoRA, other layers).
     """
-    if any(getattr(read_adapter_config(folder), "use_dora", False) for folder in folders.values()):
+    if any(read_adapter_config(folder).use_dora for folder in folders.values()):
         raise ValueError("DoRA adapters cannot be concatenated")
     (first, folder), *others = folders.items()
     model = PeftModel.from_pretrained(lm, str(folder), adapter_name=first, is_trainable=False)

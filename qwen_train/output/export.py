@@ -46,14 +46,13 @@ def write_adapter(
     base_name: str,
     *,
     adapter_name: str = "default",
-    dtype: torch.dtype | None = None,
     card: str | None = None,
 ) -> None:
     """Write a PEFT adapter folder: adapter_model.safetensors, adapter_config.json, tokenizer, template, card.
 
     `state_dict`: the adapter's tensors (gathered, if they are sharded), named as in the model or as PEFT stores them;
-    None takes those of `peft_model`. They must be exactly the adapter's (ValueError otherwise). `base_name` becomes
-    base_model_name_or_path. `dtype`: store as (default: as they are).
+    None takes those of `peft_model`. Raises RuntimeError where they are not exactly the adapter's. `base_name` becomes
+    base_model_name_or_path.
     """
     tensors = _adapter_tensors(peft_model, state_dict, adapter_name)
     config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
@@ -62,7 +61,7 @@ def write_adapter(
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same file every time
     with replacing_folder(folder) as temporary:
-        write_tensors(temporary / "adapter_model.safetensors", _cast(tensors, dtype))
+        write_tensors(temporary / "adapter_model.safetensors", {name: t.detach() for name, t in tensors.items()})
         config.save_pretrained(str(temporary))
         write_tokenizer(temporary, tokenizer)
         if card is not None:
@@ -76,9 +75,8 @@ def write_full_model(
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: torch.dtype | None = torch.bfloat16,
-    card: str | None = None,
 ) -> None:
-    """Write a Hugging Face model folder: sharded safetensors and index, config, generation config, tokenizer, card.
+    """Write a Hugging Face model folder: sharded safetensors and index, config, generation config, tokenizer.
 
     `state_dict`: all tensors (gathered, if they are sharded) under the model's own names; None takes those of `model`.
     A head that is tied to the embedding is left out, as transformers does. `dtype`: store floating tensors as.
@@ -107,8 +105,6 @@ def write_full_model(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(str(temporary))
         write_tokenizer(temporary, tokenizer)
-        if card is not None:
-            write_file(temporary / "README.md", [card.encode()])
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -144,7 +140,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
 def _require_same_names(what: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
-        raise ValueError(
+        raise RuntimeError(
             f"export of the {what}: {len(missing)} tensors are missing ({', '.join(missing[:3])}) and {len(unknown)} "
             f"are not the {what}'s ({', '.join(unknown[:3])}); nothing was written"
         )

@@ -3,20 +3,23 @@
 import importlib.metadata
 import json
 import math
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qwen_train.config import DataPaths, SFTConfig, as_dict
 from qwen_train.data.packing import Batch
-from qwen_train.model.adapters import base_fingerprint
-from qwen_train.model.load import PackedLM, trainable_parameters
-from qwen_train.output.export import model_card, shown_path, write_adapter, write_full_model, write_model_card
+from qwen_train.model.adapters import BASE, base_fingerprint
+from qwen_train.model.packed import PackedLM, trainable_parameters
+from qwen_train.output.export import CardKind, shown_path, write_adapter, write_full_model, write_model_card
 from qwen_train.output.merge import score, write_delta, write_joined
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import write_bytes_atomic, write_json_atomic
+from qwen_train.train.files import write_json_atomic
 from qwen_train.train.folder import Progress, RunFolder
 from qwen_train.train.metrics import write_status
 
@@ -50,12 +53,17 @@ def write_result(
     expected = score(model, probe) if start is not None else None
     if not run.is_main:
         return
-    lora = isinstance(model.lm, PeftModel)
-    target = folder.path / ("adapter" if lora else "model")
     base_name = str(folder.base) if config.model.from_scratch else config.model.path
+    if not isinstance(model.lm, PeftModel):
+        result = _full_model(folder.path / "model", model, tensors, tokenizer, config)
+    elif start is None:
+        result = _adapter(folder.path / "adapter", model.lm, tensors, tokenizer, config, base_name)
+    else:
+        assert expected is not None
+        result = _joined(folder.path, start, model, tensors, tokenizer, config, base_name, probe, expected)
     first, last = _held_out_metrics(folder)
     card: dict[str, Any] = {
-        "kind": "adapter" if lora else "full",
+        "kind": result.kind,
         "method": "SFT" if type(config) is SFTConfig else "DPO",
         "base_name": base_name,
         "config": as_dict(config),
@@ -65,42 +73,80 @@ def write_result(
             "skipped steps": progress.skipped,
             "processes": run.world_size,
             **{package: importlib.metadata.version(package) for package in PACKAGES},
+            **result.facts,
         },
         "metrics": last,
         "datasets": _paths(config.data.train),
-        "lora": None,
+        "lora": result.lora,
         "name": config.run.name,
     }
-    if isinstance(model.lm, PeftModel) and start is not None and expected is not None:
-        fingerprint = base_fingerprint(base_name, config.model.revision)
-        delta = folder.path / "adapter_delta"
-        write_delta(delta, start, base_name, fingerprint, model.lm, tensors, tokenizer)
-        joined = write_joined(start, delta, target, base_name, model, tokenizer, probe, expected)
-        run.note(joined.note)
-        target = joined.folder
-        card["kind"] = "adapter" if joined.r else "merged"
-        card["lora"] = {"r": joined.r, "use_dora": False} if joined.r else None
-        card["facts"]["start"] = f"{shown_path(start)}, merged"
-        if joined.r:
-            own: Any = model.lm.peft_config["default"]
-            card["facts"]["rank"] = f"{joined.r}: {joined.r - own.r} of the start and {own.r} of this run"
-        card["facts"]["as written against as trained (nats a token)"] = str(joined.difference)
-        write_model_card(target, **card)
-    elif isinstance(model.lm, PeftModel):
-        adapter: Any = model.lm.peft_config["default"]  # an adapter that was continued has its own rank
-        card["lora"] = {"r": adapter.r, "use_dora": adapter.use_dora}
-        text = model_card(target, **card)
-        write_adapter(target, model.lm, tensors, tokenizer, base_name, card=text)
-        write_json_atomic(target / "base.json", {"base_sha256": base_fingerprint(base_name, config.model.revision)})
-    else:
-        dtype = getattr(torch, config.model.dtype)
-        write_full_model(target, model.causal_lm, tensors, tokenizer, dtype=dtype, card=model_card(target, **card))
-    write_bytes_atomic(folder.path / "README.md", model_card(folder.path, weights=target.name, **card).encode())
-    write_status(folder.path, "finished", step=progress.step, result=str(target))
+    write_model_card(result.folder, **card)
+    write_model_card(folder.path, weights=result.folder.name, **card)
+    write_status(folder.path, "finished", step=progress.step, result=str(result.folder))
+    run.note(*result.notes)
     for name, title in OUTCOMES.items():
         if name in first and name in last:
             run.note(f"{title}: {first[name]:.3f} -> {last[name]:.3f}")
-    run.note(f"{target.name}: {target}")
+    run.note(f"{result.folder.name}: {result.folder}")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A folder that was written, and what its card says of it."""
+
+    folder: Path
+    kind: CardKind
+    lora: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def _full_model(
+    folder: Path, model: PackedLM, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, config: SFTConfig
+) -> _Result:
+    write_full_model(folder, model.causal_lm, tensors, tokenizer, dtype=getattr(torch, config.model.dtype))
+    return _Result(folder, "full")
+
+
+def _adapter(
+    folder: Path,
+    lm: PeftModel,
+    tensors: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    base_name: str,
+) -> _Result:
+    write_adapter(folder, lm, tensors, tokenizer, base_name)
+    write_json_atomic(folder / BASE, {"base_sha256": base_fingerprint(base_name, config.model.revision)})
+    return _Result(folder, "adapter", {"r": config.lora.r, "use_dora": config.lora.use_dora})
+
+
+def _joined(
+    run_folder: Path,
+    start: str,
+    model: PackedLM,
+    tensors: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    base_name: str,
+    probe: Batch,
+    expected: Tensor,
+) -> _Result:
+    """The merged start and this run as one, in `adapter/` (`model/` where adapters cannot be joined), with a proof."""
+    assert isinstance(model.lm, PeftModel)
+    delta, target = run_folder / "adapter_delta", run_folder / "adapter"
+    fingerprint = base_fingerprint(base_name, config.model.revision)
+    write_delta(delta, start, base_name, fingerprint, model.lm, tensors, tokenizer)
+    joined = write_joined(start, delta, target, base_name, model, tokenizer, probe, expected)
+    facts = {
+        "start": f"{shown_path(start)}, merged",
+        "as written against as trained (nats a token)": str(joined.difference),
+    }
+    if joined.r is None:
+        return _Result(joined.folder, "merged", None, facts, (joined.note,))
+    own = config.lora.r
+    facts["rank"] = f"{joined.r}: {joined.r - own} of the start and {own} of this run"
+    return _Result(joined.folder, "adapter", {"r": joined.r, "use_dora": False}, facts, (joined.note,))
 
 
 def _paths(paths: DataPaths) -> list[str]:
