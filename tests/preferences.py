@@ -12,7 +12,8 @@ from qwen_train.data.chat import ChatOptions
 from qwen_train.data.packing import Batch, pack_pairs
 from qwen_train.data.stream import collate_preferences
 from qwen_train.data.tokenize import TokenDataset, tokenize_preferences
-from qwen_train.model.load import PackedLM, load_model, load_tokenizer
+from qwen_train.model.load import load_model, load_tokenizer
+from qwen_train.model.packed import PackedLM
 from tests.scripts import TINY, Result, ScriptRunner
 
 FEW_STEPS = ("--run.steps", "4", "--run.log_every", "1", "--run.eval_every", "0", "--run.save_every", "0")
@@ -68,7 +69,7 @@ def dpo_config(*arguments: str) -> DPOConfig:
 
 def load(config: DPOConfig, frozen_copy: bool = False) -> PackedLM:
     tokenizer = load_tokenizer(config.model)
-    return load_model(config, tokenizer, torch.device("cpu"), Path("/nonexistent"), frozen_copy=frozen_copy)
+    return load_model(config, tokenizer, torch.device("cpu"), Path("/nonexistent"), True, frozen_copy)
 
 
 def disturb(model: PackedLM, scale: float = 0.05, seed: int = 0) -> None:
@@ -81,7 +82,7 @@ def disturb(model: PackedLM, scale: float = 0.05, seed: int = 0) -> None:
 
 
 def pairs_of(config: DPOConfig, path: Path, cache_dir: Path) -> TokenDataset:
-    return tokenize_preferences(
+    return tokenize("dpo", 
         str(path), load_tokenizer(config.model), ChatOptions(max_length=256), workers=0, cache_dir=cache_dir
     )
 

@@ -19,8 +19,8 @@ from qwen_train.model.attention import (
     packed_attention,
     resolve_attention,
 )
-from qwen_train.model.load import PackedLM
 from qwen_train.model.logprobs import token_logprobs
+from qwen_train.model.packed import PackedLM
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -28,8 +28,9 @@ from qwen_train.data.chat import ChatOptions
 from qwen_train.data.tokenize import tokenize_conversations
 from qwen_train.loss.preference import LOSSES, LossConfig, Pairs, preference_loss
 from qwen_train.model import compile, load, logprobs
-from qwen_train.model.load import load_model, load_tokenizer, trainable_parameters
+from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import resolve_auto
+from qwen_train.model.packed import trainable_parameters
 from qwen_train.train.distributed import Run
 from qwen_train.train.folder import Progress
 from qwen_train.train.guard import judge

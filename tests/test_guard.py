@@ -112,7 +112,7 @@ STEPS, PER_STEP, BUDGET = 6, 4, 512
 # Of a model's answers to some rows: `sick(logps)` in place of the true ones. `ROWS` are rows of the tokenised data.
 SICK = """
 import math, torch
-from qwen_train.model.load import PackedLM
+from qwen_train.model.packed import PackedLM
 forward = PackedLM.forward
 def sick_forward(self, batch):
     scores = forward(self, batch)
@@ -142,7 +142,7 @@ Run.clip_grad_norm = telling
 # Out of memory on some ranks in micro-batches above a number of tokens, when their gradients have been added.
 OUT_OF_MEMORY = """
 import torch
-from qwen_train.model.load import PackedLM
+from qwen_train.model.packed import PackedLM
 from qwen_train.train.distributed import Run
 forward, backward, largest = PackedLM.forward, Run.backward, [0]
 def measuring(self, batch):
@@ -510,7 +510,7 @@ def test_out_of_memory_elsewhere_is_one_line(runs: Runs):
     """In an evaluation, with torch's own words."""
     plant = """
 import torch
-from qwen_train.model.load import PackedLM
+from qwen_train.model.packed import PackedLM
 def forward(self, batch):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
 PackedLM.forward = forward

@@ -102,7 +102,7 @@ def test_all_of_the_house_is_looked_at():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("qwen_train.data.stream", "from qwen_train.model.load import PackedLM"),
+        ("qwen_train.data.stream", "from qwen_train.model.packed import PackedLM"),
         ("qwen_train.config", "from qwen_train.train import optim"),
         ("qwen_train.model.load", "def f():\n    import qwen_train.train.folder"),
         ("qwen_train.train.folder", "from qwen_train.output.export import write_adapter"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen_train.data.packing import Batch, pack_sequences
 from qwen_train.model import frozen, kernels, logprobs
 from qwen_train.model.frozen import nf4_tensors
-from qwen_train.model.load import trainable_parameters
+from qwen_train.model.packed import trainable_parameters
 from tests.test_lora import build, farthest, logps_and_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

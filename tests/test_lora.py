@@ -15,7 +15,8 @@ from qwen_train.config import DataConfig, LoraConfig, ModelConfig, SFTConfig
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
 from qwen_train.model import kernels, last_layer, load, lora
 from qwen_train.model.frozen import backward_product, forward_product, nf4_tensors, out_features, quantize_fp8
-from qwen_train.model.load import PackedLM, load_model, load_tokenizer, trainable_parameters
+from qwen_train.model.load import load_model, load_tokenizer
+from qwen_train.model.packed import PackedLM, trainable_parameters
 
 TINY = Path(__file__).parents[1] / "configs/tiny/model"
 
@@ -40,7 +41,7 @@ def build(
     with monkeypatch.context() as patch:
         patch.setattr(load, "load_model_config", lambda _: config)
         if not fused:
-            patch.setattr(load, "fuse_lora", lambda *_, **__: 0)
+            patch.setattr(load, "fuse_lora", lambda *_, **__: None)
             patch.setattr(load, "fuse_norms", lambda *_: None)
         settings = {"compile": False, "checkpoint_layers": 0} | model
         built = load_model(

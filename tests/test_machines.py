@@ -30,7 +30,7 @@ sys.argv.append("--data.cache_dir=" + sys.argv.pop() + os.environ["RANK"])
 # The rank with the number {rank} dies of kill -9 in its micro-batch {step}.
 DYING = """
 import signal
-from qwen_train.model.load import PackedLM
+from qwen_train.model.packed import PackedLM
 forward, calls = PackedLM.forward, 0
 def dying(*args):
     global calls

@@ -24,6 +24,7 @@ from qwen_train.loss.preference import LossConfig
 from qwen_train.model import load
 from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import candidates, estimate_memory, resolve_auto
+from qwen_train.model.packed import num_adapter_parameters
 
 TINY = Path(__file__).parents[1] / "configs/tiny/model"
 
@@ -291,4 +292,4 @@ def test_adapters_are_those_that_peft_makes(targets: Any):
     )
     model = load_model(given, load_tokenizer(given.model), torch.device("cpu"), Path("/nonexistent"), is_main=False)
     estimate = estimate_memory(given, AutoConfig.from_pretrained(TINY), 100, 0)
-    assert estimate.adapters == 4 * (load.num_trainable(model) or 0) == estimate.gradients
+    assert estimate.adapters == 4 * (num_adapter_parameters(model) or 0) == estimate.gradients

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwen_train import sft
 from qwen_train.config import SFTConfig, load_config
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
-from qwen_train.model.load import PackedLM, load_model, load_tokenizer, special_tokens, trainable_parameters
+from qwen_train.model.load import load_model, load_tokenizer, special_tokens
 from qwen_train.model.memory import resolve_auto
+from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.distributed import Run
 from tests.scripts import TINY, read_metrics
 
@@ -231,11 +232,11 @@ def test_recomputed_layers_change_nothing(world: World, dropout: float):
 
 def test_recomputation_with_other_masks_would_show(world: World, monkeypatch: pytest.MonkeyPatch):
     """The negative control: without the generator's state backward sees other dropout masks than forward did."""
-    from qwen_train.model import load
+    from qwen_train.model import packed as module
 
-    layers = load.DecoderLayers
+    layers = module.DecoderLayers
     kept = world.train("lora.dropout=0.1")
-    monkeypatch.setattr(load, "DecoderLayers", lambda modules, compiled, dropout: layers(modules, compiled, False))
+    monkeypatch.setattr(module, "DecoderLayers", lambda modules, compiled, dropout: layers(modules, compiled, False))
     wrong = world.train("lora.dropout=0.1", "model.checkpoint_layers=3")
     assert kept.log[0]["train/loss"] == wrong.log[0]["train/loss"]
     assert kept.log[0]["train/grad_norm"] != wrong.log[0]["train/grad_norm"]
@@ -377,15 +378,16 @@ def test_qwen3(world: World, qwen3: Path, arguments: tuple[str, ...]):
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def test_samples_do_not_depend_on_their_batch(start: Trained):
+def test_samples_do_not_depend_on_their_batch(start: Trained, monkeypatch: pytest.MonkeyPatch):
     """Batched, one by one, two at a time, in another order: the same greedy ids, in the order of the prompts."""
     prompts = [sequence(length, length)[0].tolist() for length in (3, 30, 11, 1, 19)]
     together = start.model.sample(prompts, 12)
     assert together == [start.model.sample([prompt], 12)[0] for prompt in prompts]
-    assert together == start.model.sample(prompts, 12, batch_size=2)
     assert together[::-1] == start.model.sample(prompts[::-1], 12)
     assert len({tuple(answer) for answer in together}) > 1
     assert start.model.sample([], 12) == []
+    monkeypatch.setattr("qwen_train.model.packed.SAMPLED_TOGETHER", 2)
+    assert together == start.model.sample(prompts, 12)
 
 
 def test_samples_are_the_likeliest_tokens(start: Trained):

@@ -12,8 +12,9 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoConfig
 
 from qwen_train.config import BatchConfig, DataConfig, DPOConfig, LoraConfig, ModelConfig, ReferenceConfig, SFTConfig
-from qwen_train.model.load import PackedLM, load_model, load_tokenizer, trainable_parameters
+from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import estimate_memory, resolve_auto
+from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.distributed import Run
 from qwen_train.train.optim import build_optimizer
 from qwen_train.train.probe import measure, settle, worst_case
@@ -211,7 +212,7 @@ def test_the_worst_case_fills_the_micro_batch(kind: str, tokens: int):
 
 STARVED = """
 import os, torch
-from qwen_train.model.load import PackedLM
+from qwen_train.model.packed import PackedLM
 from qwen_train.train.distributed import Run
 forward = PackedLM.forward
 def starved(model, batch):

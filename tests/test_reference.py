@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from qwen_train.data.stream import MicroBatches, collate_preferences, packed_lengths
 from qwen_train.loss.preference import preference_loss
 from qwen_train.model.adapters import read_adapter_config, tensor_digest
-from qwen_train.model.load import PackedLM, load_tokenizer, trainable_parameters
+from qwen_train.model.load import load_tokenizer
+from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.distributed import Run
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.reference import (

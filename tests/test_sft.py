@@ -254,7 +254,7 @@ def test_another_seed_ends_elsewhere(tiny: Tiny, whole: Path):
 STOP_IN = """
 import os, signal
 from qwen_train.train import evaluate
-from qwen_train.model.load import PackedLM
+from qwen_train.model.packed import PackedLM
 calls = 0
 def stopping(function):
     def wrapped(*args, **kwargs):

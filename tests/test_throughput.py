@@ -16,7 +16,8 @@ from qwen_train.config import DataConfig, LoraConfig, ModelConfig, SFTConfig
 from qwen_train.data.packing import pack_sequences
 from qwen_train.data.stream import Stream
 from qwen_train.model import load
-from qwen_train.model.load import load_model, load_tokenizer, trainable_parameters
+from qwen_train.model.load import load_model, load_tokenizer
+from qwen_train.model.packed import trainable_parameters
 
 TINY = Path(__file__).parents[1] / "configs/tiny/model"
 SEQUENCES, PADDED_BATCH, ROUNDS = 32, 8, 3

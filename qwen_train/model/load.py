@@ -1,25 +1,20 @@
-"""The model: transformers' own, with an adapter or without, behind one question: `model(batch) -> TokenScores`.
+"""Tokenizer, config and weights: `load_model` makes the model of a run, transformers' own with an adapter or without.
 
-`load_model` reads or makes the weights, merges or continues an adapter, adds LoRA, and sets up packed attention,
-compilation and activation checkpointing. PEFT is spoken to here only.
+It reads or makes the weights, merges or continues an adapter, adds LoRA, and sets up packed attention, compilation and
+activation checkpointing.
 """
 
 import errno
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,189 +26,21 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import ModelConfig, SFTConfig
+from qwen_train.data.scratch import scratch_folder
 from qwen_train.model.adapters import (
-    REFERENCE_ADAPTER,
     add_reference_adapter,
     check_base,
     check_template,
     merge_adapter,
     read_adapter_config,
 )
-from qwen_train.model.attention import ATTENTION, attention_kwargs, check_config, resolve_attention
-from qwen_train.model.compile import DecoderLayers
+from qwen_train.model.attention import resolve_attention
 from qwen_train.model.kernel_check import check_kernels
-from qwen_train.model.last_layer import keep_supervised_rows
-from qwen_train.model.logprobs import TokenScores, token_logprobs
 from qwen_train.model.lora import fuse_lora, fuse_norms
+from qwen_train.model.packed import PackedLM
 
-if TYPE_CHECKING:
-    from qwen_train.data.packing import Batch
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families: the layer class to shard and the token that ends a turn."""
-
-    decoder_layer: str
-    end_of_turn: str
-
-
-FAMILIES = {
-    "qwen2": Family(decoder_layer="Qwen2DecoderLayer", end_of_turn="<|im_end|>"),
-    "qwen3": Family(decoder_layer="Qwen3DecoderLayer", end_of_turn="<|im_end|>"),
-}
-
-
-class PackedLM(nn.Module):
-    """A causal language model that scores packed batches; the head runs in here, on supervised positions only.
-
-    The head inside the forward lets FSDP2 gather it with the root module. There is a `tie_weights`, since accelerate
-    ties again only if there is, and no `get_*_embeddings`, since accelerate would shard the head apart. `source` holds
-    the values, on rank 0, of a model that is on the meta device until it is sharded.
-    """
-
-    layers: DecoderLayers
-    """How its decoder layers run."""
-
-    def __init__(
-        self,
-        lm: PreTrainedModel | PeftModel,
-        attention: str,
-        head_chunk: int,
-        end_token: int,
-        pad_token: int,
-        max_length: int,
-        compiled_head: bool = False,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        super().__init__()
-        self.lm = lm
-        check_config(self.causal_lm.config, attention)
-        self.dtype = dtype
-        self.sharded = False
-        self.source: Mapping[str, Tensor] | None = None
-        self.attention = attention
-        self.head_chunk = head_chunk
-        self.end_token = end_token
-        self.pad_token = pad_token
-        self.max_length = max_length
-        self.compiled_head = compiled_head
-        keep_supervised_rows(self.causal_lm.model.layers[-1])  # what forward asks of it
-
-    @property
-    def decoder_layer(self) -> str:
-        """The class that FSDP2 wraps."""
-        return FAMILIES[self.causal_lm.config.model_type].decoder_layer
-
-    @property
-    def causal_lm(self) -> PreTrainedModel:
-        lm = self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
-        assert isinstance(lm, PreTrainedModel)
-        return lm
-
-    def tie_weights(self) -> None:
-        self.causal_lm.tie_weights()
-
-    def forward(self, batch: "Batch") -> TokenScores:
-        """Log-probabilities (fp32) of the batch's targets."""
-        lm = self.causal_lm
-        # An empty micro-batch still runs the last layer, whose weights FSDP2 gathers, on one row that nobody reads.
-        rows = batch.target_positions if len(batch.targets) else batch.position_ids.new_zeros(1)
-        hidden = lm.model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            packed_rows=rows,
-            **attention_kwargs(batch.bounded(self.max_length), self.attention),
-        ).last_hidden_state[0, : len(batch.targets)]
-        return token_logprobs(hidden, lm.lm_head.weight, batch.targets, self.head_chunk, self.compiled_head)
-
-    def _lora_layers(self) -> Iterator[LoraLayer]:
-        return (module for module in self.lm.modules() if isinstance(module, LoraLayer))
-
-    @contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """The base model, for the DPO reference. Flags only: no parameter changes its requires_grad."""
-        layers = list(self._lora_layers())
-        assert layers, "adapter_off needs an adapter"
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
-
-    @contextmanager
-    def reference_adapter(self) -> Iterator[None]:
-        """The frozen adapter that `add_reference_adapter` added, in the place of the trained one. Flags only, too."""
-        layers = list(self._lora_layers())
-        active = [layer._active_adapter for layer in layers]
-        for layer in layers:
-            layer._active_adapter = [REFERENCE_ADAPTER]
-        try:
-            yield
-        finally:
-            for layer, names in zip(layers, active, strict=True):
-                layer._active_adapter = names
-
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        max_new_tokens: int,
-        batch_size: int = 64,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> list[list[int]]:
-        """Greedy continuations of `prompts` (token ids), up to and including the end token.
-
-        The packed attention has no cache and no mask, so the model answers with transformers' own `sdpa`, left-padded,
-        in evaluation mode and uncompiled; all of it is put back afterwards. Sharded, all ranks call it with the same
-        number of prompts, since every layer is gathered by all of them. Once `stop()`, which is asked at each token,
-        says so, the answers end where they are.
-        """
-
-        def stopped(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-            return torch.full((len(ids),), stop(), dtype=torch.bool, device=ids.device)
-
-        lm, training = self.causal_lm, self.training
-        implementation = lm.config._attn_implementation
-        device = lm.lm_head.weight.device
-        answers: list[list[int]] = []
-        # Prompts of like length share a batch: less padding, and the first ones are the longest.
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        self.eval()
-        lm.set_attn_implementation("sdpa")
-        torch.compiler.set_stance("force_eager")
-        try:
-            for start in range(0, len(order), batch_size):
-                chosen = [prompts[index] for index in order[start : start + batch_size]]
-                width = max(len(prompt) for prompt in chosen)
-                ids = torch.tensor([[self.pad_token] * (width - len(prompt)) + prompt for prompt in chosen])
-                mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in chosen])
-                generated: Tensor = lm.generate(  # type: ignore[operator]
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=self.pad_token,
-                    eos_token_id=self.end_token,
-                    stopping_criteria=[stopped],
-                    synced_gpus=self.sharded,
-                )
-                answers += [self._until_end(row) for row in generated[:, width:].tolist()]
-        finally:
-            torch.compiler.set_stance("default")
-            lm.set_attn_implementation(implementation)
-            self.train(training)
-        by_prompt = dict(zip(order, answers, strict=True))
-        return [by_prompt[index] for index in range(len(prompts))]
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        return ids[: ids.index(self.end_token) + 1] if self.end_token in ids else ids
+FAMILIES = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>"}
+"""transformers' model_type of each family that is trained, and the token that ends a turn of it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,11 +83,11 @@ def load_model_config(config: ModelConfig) -> Any:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, model_type: str) -> tuple[int, int]:
     """(end-of-turn id, pad id). Pad is never the end token, which would then be learnt as padding."""
-    end = tokenizer.convert_tokens_to_ids(FAMILIES[model_type].end_of_turn)
+    end = tokenizer.convert_tokens_to_ids(FAMILIES[model_type])
     pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     if not isinstance(end, int) or not isinstance(pad, int) or end == pad:
         raise ValueError(
-            f"model.path: the tokenizer needs {FAMILIES[model_type].end_of_turn} and <|endoftext|>, got ids {end} and "
+            f"model.path: the tokenizer needs {FAMILIES[model_type]} and <|endoftext|>, got ids {end} and "
             f"{pad}; take a Qwen tokenizer"
         )
     return end, pad
@@ -269,7 +96,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model_type: str) -> tuple
 def _unreadable(what: str, path: str, error: Exception) -> str:
     if "connect" in str(error):
         return (
-            f"model.path: {path} is no folder here, the hub could not be reached for its {what}, and its cache has "
+            f"model.path: {path} is not a folder here, the hub could not be reached for its {what}, and its cache has "
             "none; give a local folder, or with a cached model set HF_HUB_OFFLINE=1"
         )
     return f"model.path: no {what} in {path}: {_first_line(error).rstrip('.')}; give a model's hub id or folder"
@@ -288,7 +115,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     base: Path,
-    is_main: bool = True,
+    is_main: bool,
     frozen_copy: bool = False,
     sharded: bool = False,
     frozen: bool = False,
@@ -315,12 +142,19 @@ def load_model(
         adapted = _adapted(config, model_config, tokenizer, device, base, is_main, frozen_copy)
     if frozen:
         adapted.requires_grad_(False)
-    compiled_head = config.model.compile and device.type == "cuda"
     model = PackedLM(
-        adapted, attention, config.model.head_chunk, end, pad, config.data.max_length, compiled_head, dtype
+        adapted,
+        attention,
+        config.model.head_chunk,
+        end,
+        pad,
+        config.data.max_length,
+        compiled=config.model.compile,
+        dropout=config.lora.enabled and config.lora.dropout > 0,
+        dtype=dtype,
+        sharded=sharded,
+        source=source,
     )
-    model.sharded, model.source = sharded, source
-    model.causal_lm.set_attn_implementation(ATTENTION)
     model.causal_lm.config.use_cache = False
 
     layers = list(model.causal_lm.model.layers)
@@ -330,7 +164,6 @@ def load_model(
         fuse_norms([*norms, model.causal_lm.model.norm])
     count = config.model.checkpoint_layers
     assert count != "auto", "resolve_auto comes before load_model"
-    model.layers = DecoderLayers(layers, config.model.compile, config.lora.enabled and config.lora.dropout > 0)
     model.layers.recompute(count)
     if device.type == "cuda":
         check_kernels(model_config, config.model.quantization, config.lora.r, device)
@@ -448,18 +281,16 @@ def quantize_nf4(lm: PreTrainedModel) -> None:
 def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
     """Write the random weights of a `from_scratch` run, whole or not at all: its adapter is worth nothing without."""
     disable_progress_bar()
-    unfinished = base.with_name(f"{base.name}.tmp-{uuid.uuid4().hex}")
     try:
-        lm.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        for path in unfinished.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(unfinished, base)
+        with scratch_folder(base) as unfinished:
+            lm.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            for path in unfinished.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(unfinished, base)
     except SafetensorError as error:  # a full disk, in the words of a library that does not know OSError
         raise OSError(errno.EIO, f"the base could not be written: {error}", str(base)) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_continued(model: PeftModel, folder: str) -> None:
@@ -505,33 +336,3 @@ def _with_adapter(lm: PreTrainedModel, config: SFTConfig, frozen_copy: bool) -> 
         raise ValueError(
             f"lora.target_modules: {_first_line(error)}; name linear layers such as q_proj, or all-linear"
         ) from None
-
-
-def trainable_parameters(model: PackedLM) -> dict[str, nn.Parameter]:
-    """Trained parameters by the names that PEFT / transformers write on disk."""
-    if model.sharded:  # a forward without backward leaves weights gathered, as tensors that the optimizer does not know
-        for module in model.modules():
-            if callable(reshard := getattr(module, "reshard", None)):
-                reshard()
-    named = model.lm.named_parameters()
-    return {name.replace(".default.", "."): parameter for name, parameter in named if parameter.requires_grad}
-
-
-def num_trainable(model: PackedLM) -> int | None:
-    """Number of adapter parameters; None in full training."""
-    count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    return count if isinstance(model.lm, PeftModel) else None
-
-
-def load_trainable(model: PackedLM, tensors: dict[str, Tensor]) -> None:
-    """Put saved values into the trained parameters; the names must be the same set."""
-    parameters = trainable_parameters(model)
-    if parameters.keys() != tensors.keys():
-        missing, extra = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
-        raise ValueError(
-            f"checkpoint: its parameters do not fit the model, missing {sorted(missing)[:3]}, unknown "
-            f"{sorted(extra)[:3]}; resume with the config that wrote it"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])

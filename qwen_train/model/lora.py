@@ -526,21 +526,19 @@ class Fp8Base(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
 
-def fuse_lora(layers: Sequence[nn.Module], fp8: bool = False, share_storage: bool = True) -> int:
-    """Group the LoRA linears of decoder layers; returns how many operations a forward then has.
+def fuse_lora(layers: Sequence[nn.Module], fp8: bool, share_storage: bool) -> None:
+    """Group the LoRA linears of decoder layers.
 
     `fp8` stores the frozen weights in e4m3. `share_storage` lays a group's dense weights into one tensor, of which the
     layers' own weights become views: one GEMM for q|k|v. Without it (FSDP2, which shards each weight by itself) there
-    is a GEMM for each.
+    is a GEMM for each. Raises ValueError where fp8 meets a layer that cannot be grouped.
     """
-    count = 0
     for layer in layers:
         grouped = []
         for parent, names in GROUPS:
             members = [getattr(getattr(layer, parent), name) for name in names]
             if all(_is_plain(member) for member in members) and _share_scale(members):
                 _group(members, fp8, share_storage)
-                count += 1
                 grouped.append(names[0])
             elif fp8:
                 raise ValueError(
@@ -548,7 +546,6 @@ def fuse_lora(layers: Sequence[nn.Module], fp8: bool = False, share_storage: boo
                     f"on {', '.join(names)}; use lora.target_modules all-linear without use_dora and dropout, or nf4"
                 )
         _fuse_parents(layer, grouped)
-    return count
 
 
 def _fuse_parents(layer: Any, grouped: Sequence[str]) -> None:

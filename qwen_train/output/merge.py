@@ -32,8 +32,8 @@ from qwen_train.model.adapters import (
     read_base,
     without_adapters,
 )
-from qwen_train.model.attention import ATTENTION
-from qwen_train.model.load import PackedLM, special_tokens
+from qwen_train.model.load import special_tokens
+from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.output.export import shown_path, write_adapter, write_full_model, write_model_card
 from qwen_train.train.files import write_json_atomic
 
@@ -70,11 +70,8 @@ class Difference:
 @torch.no_grad()
 def score(model: PackedLM, batch: Batch) -> Tensor:
     """Log-probabilities [S], in evaluation mode, on the CPU."""
-    training = model.training
-    model.eval()
-    logps = model(batch.to(model.causal_lm.lm_head.weight.device)).logps.cpu()
-    model.train(training)
-    return logps
+    with evaluating(model):
+        return model(batch.to(model.causal_lm.lm_head.weight.device)).logps.cpu()
 
 
 def load_plainly(path: str, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
@@ -92,9 +89,7 @@ def load_plainly(path: str, dtype: torch.dtype | str, device: torch.device) -> P
 def packed(lm: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase) -> PackedLM:
     """The wrapper around a plainly loaded model, uncompiled, on the reference attention."""
     end, pad = special_tokens(tokenizer, lm.config.model_type)
-    model = PackedLM(lm, "sdpa", 4096, end, pad, max_length=0)
-    model.causal_lm.set_attn_implementation(ATTENTION)
-    return model.eval()
+    return PackedLM(lm, "sdpa", 4096, end, pad, max_length=0).eval()
 
 
 def roomiest_device(lm: PreTrainedModel) -> torch.device:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qwen_train.config import SFTConfig
     from qwen_train.data.packing import Batch
     from qwen_train.data.stream import MicroBatches
-    from qwen_train.model.load import PackedLM
+    from qwen_train.model.packed import PackedLM
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and saving may keep one rank busy for minutes

@@ -13,8 +13,8 @@ from qwen_train.data.chat import Template
 from qwen_train.data.stream import Collate, collate_preferences, eval_batches, packed_lengths
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import LossConfig, Pairs, metric_sums, metrics_from_sums, preference_loss
-from qwen_train.model.load import PackedLM
 from qwen_train.model.memory import microbatch_tokens
+from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.train.distributed import Interrupted, Run
 from qwen_train.train.folder import Progress
 from qwen_train.train.reference import Reference, RefLogps, score_pairs
@@ -57,8 +57,7 @@ def _in_evaluation(run: Run, model: PackedLM, held_out: HeldOut) -> Iterator["Ba
 
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in eval_batches(
             lengths=held_out.lengths,
             collate=held_out.collate,
@@ -69,8 +68,6 @@ def _in_evaluation(run: Run, model: PackedLM, held_out: HeldOut) -> Iterator["Ba
             if run.should_stop():
                 raise Interrupted("stopped in an evaluation")
             yield batch.to(run.device, non_blocking=True)
-    finally:
-        model.train()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, print_errors, refuse_alike, to_yaml
 from qwen_train.data.stream import worker_death
-from qwen_train.model.load import PackedLM, load_trainable, trainable_parameters
+from qwen_train.model.packed import PackedLM, load_trainable, trainable_parameters
 from qwen_train.train.checkpoint import (
     STEP_FOLDER,
     ConfigChange,

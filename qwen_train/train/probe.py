@@ -6,6 +6,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,7 +19,7 @@ from qwen_train.data.packing import Batch, pack_pairs, pack_sequences
 from qwen_train.data.stream import MicroBatches
 from qwen_train.loss.preference import LOSSES, preference_loss
 from qwen_train.model.compile import compiled_graphs
-from qwen_train.model.load import FAMILIES, PackedLM, load_model, num_trainable
+from qwen_train.model.load import FAMILIES, load_model
 from qwen_train.model.memory import (
     GIB,
     candidates,
@@ -30,8 +31,8 @@ from qwen_train.model.memory import (
     resolve_auto,
     with_candidate,
 )
+from qwen_train.model.packed import PackedLM, num_adapter_parameters
 from qwen_train.train.distributed import Run
-from qwen_train.train.folder import RunFolder
 from qwen_train.train.metrics import flops_per_token, peak_memory_gib
 from qwen_train.train.optim import build_optimizer
 from qwen_train.train.reference import Reference, score_pairs
@@ -193,33 +194,17 @@ class _ControlTokens:
     """The two ids that a model of random weights asks its tokenizer for."""
 
     def convert_tokens_to_ids(self, token: str) -> int:
-        return int(token in {family.end_of_turn for family in FAMILIES.values()})
+        return int(token in FAMILIES.values())
 
 
 def measure(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Measured:
     """Train random weights of the config's shape for a few steps of full micro-batches; `auto` values are settled."""
     config = resolve_auto(given, longest, shape, run.free_memory(), run.shards)
-    with tempfile.TemporaryDirectory() as folder:
-        shape.save_pretrained(folder)
-        scratch = dataclasses.replace(config.model, path=folder, revision=None, from_scratch=True, adapter=None)
-        config = dataclasses.replace(config, model=scratch)
-        if isinstance(config, DPOConfig) and (not config.lora.enabled or config.reference.source == "start_adapter"):
-            start = dataclasses.replace(config.reference, source="auto", path=None)  # of random weights, too
-            config = dataclasses.replace(config, reference=start)
-        tokenizer: Any = _ControlTokens()
-        started = time.perf_counter()
-        model = load_model(config, tokenizer, run.device, Path(folder) / "base", is_main=False, sharded=run.sharded)
-        model = run.prepare(model)
-        if run.sharded:
-            _fill_shards(model)
-        optimizer = build_optimizer(model.named_parameters(), config.optim)
-        reference = None
-        if _asks_reference(config):
-            run_folder = RunFolder(Path(folder), config, False, "", None, ())
-            reference = Reference(config, model, tokenizer, run, run_folder)
-        # As above, with the `auto` values.
-        model_given = dataclasses.replace(config.model, checkpoint_layers=given.model.checkpoint_layers)
-        given = dataclasses.replace(config, model=model_given, batch=given.batch)
+    started = time.perf_counter()
+    config, model, optimizer, reference = _scratch_run(run, config, shape)
+    # As above, with the `auto` values.
+    model_given = dataclasses.replace(config.model, checkpoint_layers=given.model.checkpoint_layers)
+    given = dataclasses.replace(config, model=model_given, batch=given.batch)
     config = settle(run, given, config, model, optimizer, longest, shape)
     tokens = min(microbatch_tokens(config), config.batch.sequences_per_step * longest)
     batch = worst_case(config, shape.vocab_size, tokens, min(longest, tokens))
@@ -232,27 +217,16 @@ def measure(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Me
         rows=[],
         epoch=0.0,
     )
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-    seconds = []
-    for step in range(WARM_STEPS + steps):
-        before = time.perf_counter()
-        for part in run.accumulate(microbatches, step):
-            run.backward(_loss(config, model, reference, part) / len(part.targets))
-        run.average_gradients(model)
-        run.clip_grad_norm(model, config.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        seconds.append(time.perf_counter() - before)
-        if step == 0:
-            first = time.perf_counter() - started
-    step_seconds = run.maximum(statistics.median(seconds[WARM_STEPS:]))
+
+    def loss(part: Batch) -> torch.Tensor:
+        return _loss(config, model, reference, part) / len(part.targets)
+
+    ends = _timed_steps(run, config, model, optimizer, microbatches, loss, WARM_STEPS + steps)
+    step_seconds = run.maximum(statistics.median(np.diff(ends[WARM_STEPS - 1 :]).tolist()))
     flops = flops_per_token(
         shape,
         microbatches.mean_length,
-        lora_parameters=num_trainable(model),
+        lora_parameters=num_adapter_parameters(model),
         head_fraction=len(batch.targets) / batch.num_tokens,
         reference_forward=reference is not None,
     )
@@ -268,9 +242,55 @@ def measure(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Me
         pairs_per_second=microbatches.num_sequences / step_seconds if isinstance(config, DPOConfig) else None,
         model_tflops=rate * flops / run.world_size / 1e12,
         step_seconds=step_seconds,
-        first_step_seconds=run.maximum(first),
+        first_step_seconds=run.maximum(ends[0] - started),
         compiled_graphs=compiled_graphs(),
     )
+
+
+def _scratch_run(run: Run, config: Config, shape: Any) -> tuple[Config, PackedLM, Optimizer, Reference | None]:
+    """The config without anything to read, and after it model, optimizer and reference of random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape.save_pretrained(folder)
+        scratch = dataclasses.replace(config.model, path=folder, revision=None, from_scratch=True, adapter=None)
+        config = dataclasses.replace(config, model=scratch)
+        if isinstance(config, DPOConfig) and (not config.lora.enabled or config.reference.source == "start_adapter"):
+            start = dataclasses.replace(config.reference, source="auto", path=None)  # of random weights, too
+            config = dataclasses.replace(config, reference=start)
+        tokenizer: Any = _ControlTokens()
+        base = Path(folder) / "base"
+        model = load_model(config, tokenizer, run.device, base, is_main=False, sharded=run.sharded)
+        model = run.prepare(model)
+        if run.sharded:
+            _fill_shards(model)
+        optimizer = build_optimizer(model.named_parameters(), config.optim)
+        reference = Reference(config, model, tokenizer, run, base) if _asks_reference(config) else None
+    return config, model, optimizer, reference
+
+
+def _timed_steps(
+    run: Run,
+    config: Config,
+    model: PackedLM,
+    optimizer: Optimizer,
+    microbatches: MicroBatches,
+    loss: Callable[[Batch], torch.Tensor],
+    count: int,
+) -> list[float]:
+    """Train for `count` steps; the time (seconds, of `time.perf_counter`) at the end of each."""
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    ends = []
+    for step in range(count):
+        for part in run.accumulate(microbatches, step):
+            run.backward(loss(part))
+        run.average_gradients(model)
+        run.clip_grad_norm(model, config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        ends.append(time.perf_counter())
+    return ends
 
 
 def _asks_reference(config: SFTConfig) -> TypeGuard[DPOConfig]:

@@ -26,8 +26,9 @@ from qwen_train.data.stream import Collate, MicroBatches, eval_batches
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import LOSSES, Pairs
 from qwen_train.model.adapters import adapter_sha256, tensor_digest
-from qwen_train.model.load import PackedLM, load_model, load_tokenizer
+from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens
+from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import replacing_folder, write_file, write_json_atomic, write_tensors
 from qwen_train.train.folder import RunFolder
@@ -103,14 +104,9 @@ class Reference:
     @contextmanager
     def active(self) -> Iterator[PackedLM]:
         """The model that scores and answers as the reference."""
-        training = self.model.training
-        self.model.eval()
         switch = {"adapter_off": self.model.adapter_off, "start_adapter": self.model.reference_adapter}
-        try:
-            with switch.get(self.source or "", nullcontext)():
-                yield self.model
-        finally:
-            self.model.train(training)
+        with evaluating(self.model), switch.get(self.source or "", nullcontext)():
+            yield self.model
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor | None:
@@ -309,12 +305,8 @@ def audit_start(
 
 @torch.no_grad()
 def _policy_logps(policy: PackedLM, batch: Batch) -> Tensor:
-    training = policy.training
-    policy.eval()
-    try:
+    with evaluating(policy):
         return sequence_sums(policy(batch).logps, batch)
-    finally:
-        policy.train(training)
 
 
 def _cause(policy: PackedLM, reference: Reference, ref_logps: RefLogps, batch: Batch) -> str:

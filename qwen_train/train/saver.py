@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qwen_train.config import SFTConfig
-from qwen_train.model.load import PackedLM, trainable_parameters
+from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.blocks import Shard, write_blocks
 from qwen_train.train.checkpoint import finish_save, require_free_space, save_checkpoint, save_error, saving
 from qwen_train.train.distributed import Interrupted, Run

@@ -25,7 +25,7 @@ from qwen_train.train.optim import SHARDED_8BIT
 
 if TYPE_CHECKING:
     from qwen_train.config import SFTConfig
-    from qwen_train.model.load import PackedLM
+    from qwen_train.model.packed import PackedLM
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
 

@@ -42,7 +42,8 @@ from qwen_train.data.stream import (
 from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
 from qwen_train.loss.preference import LossConfig, preference_loss
 from qwen_train.model import kernels, last_layer, load, logprobs, lora
-from qwen_train.model.load import PackedLM, load_model, load_tokenizer
+from qwen_train.model.load import load_model, load_tokenizer
+from qwen_train.model.packed import PackedLM
 from qwen_train.train.distributed import Run
 from qwen_train.train.metrics import peak_memory_gib
 from qwen_train.train.optim import build_optimizer
@@ -173,7 +174,7 @@ def take_out(off: set[str]) -> None:
     """Switch parts of the model off, and the others on again."""
     assert off <= OFF.keys(), f"{off - OFF.keys()}: one of {', '.join(OFF)}"
     lora.FUSED = ALL_FUSED - off
-    load.fuse_lora = lora.fuse_lora if "lora" not in off else lambda *_, **__: 0
+    load.fuse_lora = lora.fuse_lora if "lora" not in off else lambda *_, **__: None
     load.fuse_norms = lora.fuse_norms if "lora" not in off else lambda *_: None
     logprobs.ONE_KERNEL = "head" not in off
     kernels.OPEN_BACKWARD = "open" not in off
