@@ -128,7 +128,7 @@ def train(config: DPOConfig, run: Run) -> None:
     model = run.prepare(
         load_model(config, tokenizer, run.device, folder.base, run.is_main, frozen_copy, sharded=run.sharded)
     )
-    reference = Reference(config, model, tokenizer, run, folder)
+    reference = Reference(config, model, tokenizer, run, folder.base)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     progress = restore(folder, model, optimizer, data.fingerprint)
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))

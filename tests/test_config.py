@@ -392,7 +392,7 @@ def tokens(world: World, *arguments: str) -> Any:
     """The token arrays of data.train, or why there are none."""
     config = world.config(SFTConfig, *arguments)
     try:
-        data = tokenize_conversations(
+        data = tokenize("sft", 
             config.data.train,
             load_tokenizer(config.model),
             ChatOptions.from_config(config.data),
@@ -408,7 +408,7 @@ def tokens(world: World, *arguments: str) -> Any:
 def model(world: World, *arguments: str) -> Any:
     """Trained weights, the base's, log-probs of a batch; how often the head, a recomputation, a compilation came."""
     config = resolve_auto(world.config(SFTConfig, *arguments), 300)
-    data = tokenize_conversations(
+    data = tokenize("sft", 
         str(world.folder / "rows.jsonl"), load_tokenizer(config.model), ChatOptions(), cache_dir=world.cache_dir
     )
     calls: list[Callable[..., Any]] = []
@@ -570,7 +570,11 @@ def skipped_steps(world: World, *arguments: str) -> Any:
     config, progress = world.config(SFTConfig, *arguments), Progress()
     losses = [1 + 0.01 * (step * 37 % 100) for step in range(100)]
     losses[80] = 3
-    return [step for step, loss in enumerate(losses) if judge(progress, config.optim, loss, 1.0)[0]]
+    skipped = []
+    for step, loss in enumerate(losses):
+        skipped += [step] if judge(progress, config.optim, loss, 1.0)[0] else []
+        progress.remember(loss, 1.0)
+    return skipped
 
 
 @dataclass(frozen=True)

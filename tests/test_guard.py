@@ -39,7 +39,7 @@ def after(values: list[float]) -> Progress:
     """Where training stands after steps of these losses, and gradient norms of half their size."""
     progress = Progress()
     for value in values:
-        judge(progress, OPTIM, value, value / 2)
+        progress.remember(value, value / 2)
     return progress
 
 
@@ -71,9 +71,10 @@ def test_nothing_spikes_before_there_are_64():
 def test_what_is_not_finite_is_sick_and_leaves_the_window_alone():
     for value in (math.nan, math.inf, -math.inf):
         for progress in (Progress(), after(noise(128))):
-            before = list(progress.losses)
+            before, norms = list(progress.losses), list(progress.grad_norms)
             assert judge(progress, OPTIM, value, 1.0) == (f"loss {value}", None)
-            assert progress.losses == before
+            progress.remember(value, 1.0)
+            assert progress.losses == before and progress.grad_norms == [*norms, 1.0][-128:]
             reason, _ = judge(progress, OPTIM, 2.0, value)
             assert reason == f"gradient norm {value}"
     values = noise(128)
@@ -82,7 +83,10 @@ def test_what_is_not_finite_is_sick_and_leaves_the_window_alone():
 
 def test_a_lasting_change_is_a_spike_for_a_few_steps_only():
     progress = after(noise(128))
-    skipped = [bool(judge(progress, OPTIM, value + 5, 1.0)[0]) for value in noise(100, seed=1)]
+    skipped = []
+    for value in noise(100, seed=1):
+        skipped.append(bool(judge(progress, OPTIM, value + 5, 1.0)[0]))
+        progress.remember(value + 5, 1.0)
     assert 1 <= sum(skipped) <= 5 and not any(skipped[5:])
     assert len(progress.losses) == 128
 
@@ -96,11 +100,11 @@ def test_the_window_in_a_checkpoint_decides_alike_bit_for_bit():
     straight, resumed = after(noise(150)), after(noise(100))
     resumed = Progress(**json.loads(json.dumps(dataclasses.asdict(resumed))))
     for value in noise(150)[100:]:
-        judge(resumed, OPTIM, value, value / 2)
+        resumed.remember(value, value / 2)
     assert resumed == straight
     without = Progress()
     for value in noise(150)[100:]:
-        judge(without, OPTIM, value, value / 2)
+        without.remember(value, value / 2)
     spike = far(straight.losses, 7)
     assert judge(straight, OPTIM, spike, 1.0) == judge(resumed, OPTIM, spike, 1.0) and resumed == straight
     assert judge(without, OPTIM, spike, 1.0) == ("", None), "the negative control: a window that was lost"

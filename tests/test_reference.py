@@ -64,7 +64,7 @@ def on(start: Path, *arguments: str) -> tuple[str, ...]:
 
 
 def reference_of(config, model: PackedLM, run: Run, folder: Path) -> Reference:
-    return Reference(config, model, load_tokenizer(config.model), run, folder_of(folder))
+    return Reference(config, model, load_tokenizer(config.model), run, folder_of(folder).base)
 
 
 SOURCES = {

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from qwen_train.model.packed import PackedLM
 
 T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and saving may keep one rank busy for minutes
 PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
 ALL_REDUCE_BYTES = 256 * 2**20
@@ -180,6 +182,17 @@ class Run:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def spread(self, items: Sequence[A], function: Callable[[list[A]], list[B]]) -> list[B]:
+        """`function` of all items, each rank doing its share; the results in the order of the items, on every rank.
+
+        Shares are of the same size, since sharded ranks compute together: the last item may be done several times.
+        """
+        each = -(-len(items) // self.world_size)
+        mine = [min(self.rank + number * self.world_size, len(items) - 1) for number in range(each)]
+        shares = self.gather(dict(zip(mine, function([items[index] for index in mine]), strict=True)))
+        by_index = {index: result for share in shares for index, result in share.items()}
+        return [by_index[index] for index in range(len(items))]
 
     def from_main(self, function: Callable[[], T]) -> T:
         """`function()`, called on rank 0 alone; its value on every rank."""

@@ -113,16 +113,13 @@ def sample_answers(
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids))
 
-    count = len(held_out.prompts)
-    each = -(-count // run.world_size)  # on every rank, the last ones twice: sharded, they all answer together
-    mine = [min(run.rank + number * run.world_size, count - 1) for number in range(each)]
-    asked = [held_out.prompts[index] for index in mine]
-    drawn = model.sample(asked, held_out.max_new_tokens, stop=lambda: run.stop_signal is not None)
-    if run.should_stop():
-        raise Interrupted("stopped in an evaluation")
-    parts = run.gather(dict(zip(mine, drawn, strict=True)))
-    by_index = {index: answer for part in parts for index, answer in part.items()}
-    answers = [by_index[index] for index in range(len(held_out.prompts))]
+    def answer_all(prompts: list[list[int]]) -> list[list[int]]:
+        drawn = model.sample(prompts, held_out.max_new_tokens, stop=lambda: run.stop_signal is not None)
+        if run.should_stop():
+            raise Interrupted("stopped in an evaluation")
+        return drawn
+
+    answers = run.spread(held_out.prompts, answer_all)
     exact = [answer == expected for answer, expected in zip(answers, held_out.answers, strict=True)]
     ended = [bool(answer) and answer[-1] == model.end_token for answer in answers]
     texts = [
@@ -135,6 +132,7 @@ def sample_answers(
 # --- Pairs
 
 SIDES = ("chosen", "rejected")
+NUM_PAIR_SUMS = 18
 
 
 def hold_out_pairs(data: TokenDataset, config: DPOConfig) -> HeldOut:
@@ -154,7 +152,7 @@ def hold_out_pairs(data: TokenDataset, config: DPOConfig) -> HeldOut:
 
 @torch.no_grad()
 def pair_sums(pairs: Pairs, losses: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """What `preference_metrics` needs of some pairs, float64 [18]. Add over micro-batches and ranks.
+    """What `preference_metrics` needs of some pairs, float64 [NUM_PAIR_SUMS]. Add over micro-batches and ranks.
 
     Loss, pairs whose chosen answer is the likelier one, change of the chosen and of the rejected log-probability since
     the start (nan without a reference), then `metric_sums`.
@@ -190,7 +188,7 @@ def evaluate_dpo(
 
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
-    sums = torch.zeros(18, dtype=torch.float64, device=run.device)
+    sums = torch.zeros(NUM_PAIR_SUMS, dtype=torch.float64, device=run.device)
     for batch in _in_evaluation(run, model, held_out):
         reference = ref_logps(batch)
         pairs = score_pairs(model(batch).logps, reference, batch)

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -275,6 +276,10 @@ def _stored_config(path: Path) -> dict[str, Any]:
 # Where training stands
 
 
+WINDOW = 128
+"""Steps whose losses and gradient norms a new one is compared with."""
+
+
 @dataclass
 class Progress:
     """What changes from step to step beside weights and optimizer."""
@@ -301,6 +306,13 @@ class Progress:
     """Mean log-probability of the held-out answers at the first evaluation, by side, for losses without a reference."""
     evaluated: int = -1
     """The last step after which held-out data was evaluated; a resumed run makes up for one that was cut short."""
+
+    def remember(self, loss: float, grad_norm: float) -> None:
+        """Let a step's loss and gradient norm, where they are finite, be among those that later ones are judged by."""
+        for value, window in ((loss, self.losses), (grad_norm, self.grad_norms)):
+            if math.isfinite(value):
+                window.append(value)
+            del window[:-WINDOW]
 
 
 def due(step: int, every: int) -> bool:
@@ -422,15 +434,9 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
             _report(run, folder, "interrupted", reason)
             run.close(reason if early else "")  # in training all ranks leave together
             _end_workers()
-            sys.exit(128 + (run.stop_signal or 15))
-        if isinstance(cause, ValueError):
-            _refuse(run, folder, "refused", str(cause))
-        if isinstance(cause, torch.OutOfMemoryError):
-            _refuse(run, folder, "failed", _memory_problem(cause))
-        if isinstance(cause, RuntimeError) and (death := worker_death(cause)) is not None:
-            _refuse(run, folder, "failed", death)
-        if isinstance(cause, OSError) and (problem := _disk_problem(cause)) is not None:
-            _refuse(run, folder, "failed", problem)
+            sys.exit(128 + (run.stop_signal or signal.SIGTERM))
+        if (explained := _explained(cause)) is not None:
+            _refuse(run, folder, *explained)
         reason = f"{type(cause).__name__}: {cause}"
         _report(run, folder, "failed", reason)
         run.close(reason)
@@ -511,6 +517,20 @@ def _saved_step(folder: Path) -> int:
 
 def _is_ours(folder: Path) -> bool:
     return _status(folder).get("process") == this_process()
+
+
+def _explained(error: BaseException) -> tuple[str, str] | None:
+    """Outcome and lines for what the user, or who keeps the machine, can put right; None for what is ours to mend."""
+    if isinstance(error, ValueError):
+        return "refused", str(error)
+    text = None
+    if isinstance(error, torch.OutOfMemoryError):
+        text = _memory_problem(error)
+    elif isinstance(error, RuntimeError):
+        text = worker_death(error)
+    elif isinstance(error, OSError):
+        text = _disk_problem(error)
+    return None if text is None else ("failed", text)
 
 
 def _disk_problem(error: OSError) -> str | None:

@@ -22,11 +22,11 @@ from qwen_train.data.stream import MicroBatches, Stream
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.train import files
 from qwen_train.train.distributed import Run
-from qwen_train.train.folder import Progress
+from qwen_train.train.folder import WINDOW, Progress
 from qwen_train.train.metrics import Metrics, cut_lines, finite
 
-WINDOW = 128
-"""Steps whose losses and gradient norms a new one is compared with; with fewer than half of them there is no spike."""
+FEWEST = WINDOW // 2
+"""Steps before which there is no spike."""
 NO_SPREAD = 1e-6
 """Standard deviation, as a share of the mean, below which values count as equal: what differs is rounding."""
 NUM_WORST = 3
@@ -35,7 +35,7 @@ NUM_WORST = 3
 
 def z_score(value: float, window: Sequence[float]) -> float:
     """Standard deviations by which `value` lies above the mean of `window`; 0 where that is too short, or all equal."""
-    if len(window) < WINDOW // 2:
+    if len(window) < FEWEST:
         return 0.0
     mean, deviation = float(np.mean(window)), float(np.std(window, ddof=1))
     return (value - mean) / deviation if deviation > NO_SPREAD * abs(mean) else 0.0
@@ -45,20 +45,15 @@ def judge(progress: Progress, optim: OptimConfig, loss: float, grad_norm: float)
     """Why a step must not change weights, empty where it may, and the z-score of its spike, if it is one.
 
     A spike is a loss or a gradient norm more than `optim.spike_zscore` standard deviations above the mean of the last
-    `WINDOW` (OLMo-core's SkipStepOptimizer). As there, a spike enters the window, so that a lasting change is one for a
-    few steps only; values that are not finite do not.
+    `WINDOW` (OLMo-core's SkipStepOptimizer).
     """
     reasons, spikes = [], []
     for name, value, window in (("loss", loss, progress.losses), ("gradient norm", grad_norm, progress.grad_norms)):
         if not math.isfinite(value):
             reasons.append(f"{name} {value}")
-            continue
-        z = z_score(value, window)
-        if 0 < optim.spike_zscore < z:
+        elif 0 < optim.spike_zscore < (z := z_score(value, window)):
             reasons.append(f"{name} {value:.4g} is {z:.1f} standard deviations above the last {len(window)}")
             spikes.append(z)
-        window.append(value)
-        del window[:-WINDOW]
     return " and ".join(reasons), max(spikes, default=None)
 
 
@@ -85,21 +80,20 @@ class Guard:
         if progress.tokens_per_microbatch is not None:
             longest = int(stream.lengths.max())  # the rows may be longer now: other data, prompts no longer shared
             stream.tokens_per_microbatch = max(progress.tokens_per_microbatch, longest)
-        self.microbatches: MicroBatches | None = None
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def accumulate(
         self, gradients: Callable[[MicroBatches, int], Tensor], microbatches: MicroBatches, step: int
-    ) -> Tensor:
-        """`gradients(microbatches, step)`; anew in micro-batches of half the tokens when any rank runs out of memory.
+    ) -> tuple[Tensor, MicroBatches]:
+        """`gradients(microbatches, step)`, and the micro-batches: of half the tokens when any rank runs out of memory.
 
         No collective runs inside of it, so the ranks can agree afterwards, and before any of them averages gradients.
         Under FSDP2 there are some: the rank that has no memory left ends the run. Raises ValueError for that, and where
         no micro-batch can be smaller.
         """
         while True:
-            self.microbatches, sums = microbatches, None
+            sums = None
             try:
                 sums = gradients(microbatches, step)
             except torch.OutOfMemoryError as error:
@@ -111,7 +105,7 @@ class Guard:
                     ) from error
             if self.run.maximum(float(sums is None)) == 0:
                 assert sums is not None
-                return sums
+                return sums, microbatches
             self._halve_budget(step)
             microbatches = self.stream[step]
 
@@ -134,19 +128,28 @@ class Guard:
 
     # -- sick steps -----------------------------------------------------------------------------------------------
 
-    def accepts(self, step: int, loss: float, grad_norm: float, row_losses: Callable[[Batch], Tensor]) -> bool:
+    def accepts(
+        self,
+        step: int,
+        microbatches: MicroBatches,
+        loss: float,
+        grad_norm: float,
+        row_losses: Callable[[Batch], Tensor],
+    ) -> bool:
         """Whether the step may change weights, by its global loss and gradient norm, the same on every rank.
 
-        If not, its micro-batches are scored once more (`row_losses`: one loss a row of a batch), and rows and reason go
-        into incidents.jsonl. Raises ValueError at the `optim.max_skipped`-th such step in a row.
+        A spike is among what later steps are judged by, so that a lasting change is one for a few steps only. Where a
+        step may not, its micro-batches are scored once more (`row_losses`: one loss a row of a batch), and rows and
+        reason go into incidents.jsonl. Raises ValueError at the `optim.max_skipped`-th such step in a row.
         """
         reason, z = judge(self.progress, self.optim, loss, grad_norm)
+        self.progress.remember(loss, grad_norm)
         if not reason:
             self.progress.skipped_in_a_row = 0
             return True
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
-        rows = self._score_rows(step, row_losses)
+        rows = self._score_rows(step, microbatches, row_losses)
         spike = {} if z is None else {"z": z}
         incident = {"step": step + 1, "reason": reason, "loss": loss, "grad_norm": grad_norm, **spike, "rows": rows}
         if self.run.is_main:
@@ -161,12 +164,13 @@ class Guard:
         return False
 
     @torch.no_grad()
-    def _score_rows(self, step: int, row_losses: Callable[[Batch], Tensor]) -> list[dict[str, Any]]:
+    def _score_rows(
+        self, step: int, microbatches: MicroBatches, row_losses: Callable[[Batch], Tensor]
+    ) -> list[dict[str, Any]]:
         """Every row of the step with its loss, the worst first; under the dropout that the step had."""
-        assert self.microbatches is not None
         mine = [
             (self.run.rank, row, loss)
-            for batch in self.run.accumulate(self.microbatches, step)
+            for batch in self.run.accumulate(microbatches, step)
             for row, loss in zip(batch.rows, row_losses(batch).tolist(), strict=True)
         ]
         scored = [entry for share in self.run.gather(mine) for entry in share]

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_train.config import DPOConfig, config_hash
-from qwen_train.data.packing import Batch
-from qwen_train.data.stream import Collate, MicroBatches, eval_batches
+from qwen_train.data.packing import Batch, IntArray
+from qwen_train.data.stream import Collate, MicroBatches, plan_microbatches
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import LOSSES, Pairs
 from qwen_train.model.adapters import adapter_sha256, tensor_digest
@@ -35,8 +35,6 @@ from qwen_train.train.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from qwen_train.data.packing import IntArray
 
 Source = Literal["adapter_off", "start_adapter", "model"]
 RefLogps = Callable[[Batch], Tensor | None]
@@ -87,15 +85,15 @@ class Reference:
     """The frozen model that the policy is compared with, in evaluation mode and without gradient."""
 
     def __init__(
-        self, config: DPOConfig, policy: PackedLM, tokenizer: "PreTrainedTokenizerBase", run: Run, folder: RunFolder
+        self, config: DPOConfig, policy: PackedLM, tokenizer: "PreTrainedTokenizerBase", run: Run, base: Path
     ) -> None:
-        """For source `model` this loads the second model."""
+        """For source `model` this loads the second model; `base` holds the base weights of a `from_scratch` run."""
         self.config = config
         self.source = reference_source(config)
         self.device = run.device
         self.model: PackedLM = policy
         if self.source == "model":
-            self.model = _second_model(config, tokenizer, run, folder)
+            self.model = _second_model(config, tokenizer, run, base)
         self.weights = ""
         if self.source is not None and config.reference.precompute:
             digest = self._weights_digest(run)
@@ -116,7 +114,7 @@ class Reference:
         with self.active() as model:
             return sequence_sums(model(batch).logps, batch)
 
-    def of_data(self, run: Run, data: TokenDataset, collate: Collate, lengths: "IntArray") -> RefLogps:
+    def of_data(self, run: Run, data: TokenDataset, collate: Collate, lengths: IntArray) -> RefLogps:
         """The reference of one data set: `logps` itself, or with `reference.precompute` a table that knows every row.
 
         The table comes from the cache if there is one of this fingerprint that is whole and agrees, on a few rows, with
@@ -167,22 +165,26 @@ class Reference:
 
     def _score_rows(self, rows: Sequence[int], collate: Collate) -> Tensor:
         """Log-probabilities [len(rows), 2], each pair in a micro-batch of its own."""
-        scored = [self.logps(collate([row]).to(self.device)) for row in rows]
-        return torch.stack([logps for logps in scored if logps is not None]).cpu()
+        return torch.cat([self._score(collate([row])) for row in rows]).cpu()
 
-    def _score_all(self, run: Run, collate: Collate, lengths: "IntArray") -> Tensor:
+    def _score_all(self, run: Run, collate: Collate, lengths: IntArray) -> Tensor:
         """Log-probabilities [R, 2] of every row; the ranks' shares are joined by row."""
-        mine: dict[int, list[float]] = {}
         budget = max(microbatch_tokens(self.config), int(lengths.max()))
-        for batch in eval_batches(
-            lengths=lengths, collate=collate, tokens_per_microbatch=budget, rank=run.rank, world_size=run.world_size
-        ):
-            logps = self.logps(batch.to(run.device))
-            assert logps is not None
-            mine.update(zip(batch.rows, logps.view(-1, 2).tolist(), strict=True))
-        by_row = {row: values for share in run.gather(mine) for row, values in share.items()}
-        assert len(by_row) == len(lengths), "every row is scored once"
-        return torch.tensor([by_row[row] for row in range(len(lengths))], dtype=torch.float64)
+        microbatches = plan_microbatches(lengths, budget, run.world_size)
+
+        def score(share: list[IntArray]) -> list[list[list[float]]]:
+            return [self._score(collate(members.tolist())).tolist() for members in share]
+
+        table = torch.full((len(lengths), 2), torch.nan, dtype=torch.float64)
+        for members, scored in zip(microbatches, run.spread(microbatches, score), strict=True):
+            table[members] = torch.tensor(scored, dtype=torch.float64).view(-1, 2)
+        return table
+
+    def _score(self, batch: Batch) -> Tensor:
+        """Log-probabilities [R, 2] of a batch's pairs."""
+        logps = self.logps(batch.to(self.device))
+        assert logps is not None
+        return logps.view(-1, 2)
 
     def _weights_digest(self, run: Run) -> str:
         """Hash of every frozen weight of the reference, of which a sharded model has one whole at a time."""
@@ -214,7 +216,7 @@ def _reference_tokenizer(config: DPOConfig) -> "PreTrainedTokenizerBase":
         raise ValueError(str(error).replace("model.path:", "reference.path:")) from None
 
 
-def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: Run, folder: RunFolder) -> PackedLM:
+def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: Run, base: Path) -> PackedLM:
     """`reference.path`, or without one a second copy of what training starts from; frozen."""
     model = config.model
     if config.reference.path is not None:
@@ -223,7 +225,7 @@ def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: 
         )
     lora = dataclasses.replace(config.lora, enabled=False)
     config = dataclasses.replace(config, model=model, lora=lora)
-    reference = load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded, frozen=True)
+    reference = load_model(config, tokenizer, run.device, base, run.is_main, sharded=run.sharded, frozen=True)
     return run.prepare(reference).eval()
 
 
