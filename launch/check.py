@@ -22,7 +22,7 @@ from qwen_train.config import ModelConfig, data_splits, load_for_tool, tool_pars
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
 from qwen_train.data.formats import Source, find_sources
-from qwen_train.data.tokenize import JudgedRow, judge_conversations, judge_preferences
+from qwen_train.data.tokenize import JudgedRow, judge
 from qwen_train.model.adapters import find_base
 from qwen_train.model.load import load_tokenizer
 from qwen_train.output.check_html import html_page
@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
         count = stack.enter_context(progress())
 
         def rows(name: str, index: int, source: Source) -> Iterator[JudgedRow]:
-            judge = judge_conversations if splits[name].kind == "sft" else judge_preferences
-            for row in judge(source.path, template.tokenizer, chat, format=splits[name].format, name=name):
+            kind, format = splits[name].kind, splits[name].format
+            for row in judge(kind, source.path, template.tokenizer, chat, format=format, name=name):
                 count(name)
                 if dump and row.encoded is not None:
                     dump(json.dumps(dump_row(row)) + "\n")

@@ -20,7 +20,7 @@ from qwen_train.data.stream import (
     packed_squares,
     prefetch,
 )
-from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
+from qwen_train.data.tokenize import tokenize
 from qwen_train.loss.preference import Pairs, preference_loss
 from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer
@@ -79,15 +79,16 @@ def train(config: DPOConfig, run: Run) -> None:
     require_shared(run, folder)
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    tokenize = functools.partial(
-        tokenize_preferences,
+    load = functools.partial(
+        tokenize,
+        "dpo",
         tokenizer=tokenizer,
         options=ChatOptions.from_config(config.data),
         format=config.data.format,
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
     )
-    data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
+    data = run.main_first(functools.partial(load, config.data.train, name="data.train"))
     run.require_alike("data.train", data.fingerprint)
     run.note(f"data.train: {data.report.summary()}")
     lengths = packed_lengths(data.dataset, config.reference.share_prompt)
@@ -96,12 +97,12 @@ def train(config: DPOConfig, run: Run) -> None:
     config = resolve_auto(folder.config, int(lengths.max()), shape, run.free_memory(), run.shards)
     held_out = skills = None
     if config.data.eval:
-        eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
+        eval_data = run.main_first(functools.partial(load, config.data.eval, name="data.eval"))
         run.require_alike("data.eval", eval_data.fingerprint)
         run.note(f"data.eval: {eval_data.report.summary()}")
         held_out = hold_out_pairs(eval_data, config)
     if held_out and config.data.eval_sft:
-        tokenize_sft = functools.partial(tokenize_conversations, **tokenize.keywords | {"format": "auto"})
+        tokenize_sft = functools.partial(tokenize, "sft", **load.keywords | {"format": "auto"})
         sft_data = run.main_first(functools.partial(tokenize_sft, config.data.eval_sft, name="data.eval_sft"))
         run.require_alike("data.eval_sft", sft_data.fingerprint)
         run.note(f"data.eval_sft: {sft_data.report.summary()}")

@@ -11,7 +11,7 @@ from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.formats import find_sources
 from qwen_train.data.packing import Batch
 from qwen_train.data.stream import MicroBatches, Stream, collate_conversations, prefetch
-from qwen_train.data.tokenize import tokenize_conversations
+from qwen_train.data.tokenize import tokenize
 from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
@@ -46,22 +46,23 @@ def train(config: SFTConfig, run: Run) -> None:
     # -- data ---------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
     shape = load_model_config(config.model)
-    tokenize = functools.partial(
-        tokenize_conversations,
+    load = functools.partial(
+        tokenize,
+        "sft",
         tokenizer=tokenizer,
         options=ChatOptions.from_config(config.data),
         format=config.data.format,
         workers=config.data.workers,
         cache_dir=config.data.cache_dir,
     )
-    data = run.main_first(functools.partial(tokenize, config.data.train, name="data.train"))
+    data = run.main_first(functools.partial(load, config.data.train, name="data.train"))
     run.require_alike("data.train", data.fingerprint)
     run.note(f"data.train: {data.report.summary()}")
     longest = int(data.column("length").max())
     config = resolve_auto(folder.config, longest, shape, run.free_memory(), run.shards)
     held_out = None
     if config.data.eval:
-        eval_data = run.main_first(functools.partial(tokenize, config.data.eval, name="data.eval"))
+        eval_data = run.main_first(functools.partial(load, config.data.eval, name="data.eval"))
         run.require_alike("data.eval", eval_data.fingerprint)
         run.note(f"data.eval: {eval_data.report.summary()}")
         held_out = hold_out(eval_data, collate_conversations(eval_data.dataset), Template(tokenizer), config)

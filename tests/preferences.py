@@ -11,7 +11,7 @@ from qwen_train.config import DPOConfig, load_config
 from qwen_train.data.chat import ChatOptions
 from qwen_train.data.packing import Batch, pack_pairs
 from qwen_train.data.stream import collate_preferences
-from qwen_train.data.tokenize import TokenDataset, tokenize_preferences
+from qwen_train.data.tokenize import TokenDataset, tokenize
 from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.packed import PackedLM
 from tests.scripts import TINY, Result, ScriptRunner
@@ -82,8 +82,8 @@ def disturb(model: PackedLM, scale: float = 0.05, seed: int = 0) -> None:
 
 
 def pairs_of(config: DPOConfig, path: Path, cache_dir: Path) -> TokenDataset:
-    return tokenize("dpo", 
-        str(path), load_tokenizer(config.model), ChatOptions(max_length=256), workers=0, cache_dir=cache_dir
+    return tokenize(
+        "dpo", str(path), load_tokenizer(config.model), ChatOptions(max_length=256), workers=0, cache_dir=cache_dir
     )
 
 

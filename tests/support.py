@@ -14,6 +14,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qwen_train.data.chat import ChatOptions, Template
+from qwen_train.data.formats import Conversation, Preference, RowError
+
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = Path(__file__).parent / "golden"
 needs_shared = pytest.mark.skipif(
@@ -24,6 +27,14 @@ QWEN3_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 """What Qwen3 adds to Qwen2.5's control tokens, with ids from 151665 on."""
 
 Family = Literal["qwen2.5", "qwen3"]
+
+
+def encode_one(template: Template, row: Conversation | Preference, options: ChatOptions) -> Any:
+    """What the template makes of one row; raises the RowError that it deserves."""
+    (result,) = template.encode("sft" if isinstance(row, Conversation) else "dpo", [row], options)
+    if isinstance(result, RowError):
+        raise result
+    return result
 
 
 def template_text(family: Family) -> str:

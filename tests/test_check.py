@@ -30,15 +30,13 @@ from qwen_train.data.formats import Source, parse_row
 from qwen_train.data.stream import Stream
 from qwen_train.data.tokenize import (
     JudgedRow,
-    judge_conversations,
-    judge_preferences,
-    tokenize_conversations,
-    tokenize_preferences,
+    judge,
+    tokenize,
 )
 from qwen_train.output import check_view
 from qwen_train.output.check_html import html_page
 from qwen_train.output.check_view import print_examples, print_report, segments, share, visible
-from tests.support import SHARED, mini_tokenizer, needs_shared, real_tokenizer
+from tests.support import SHARED, encode_one, mini_tokenizer, needs_shared, real_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny"
@@ -103,9 +101,8 @@ def examined(
         SFTConfig if kind == "sft" else DPOConfig, ["--config", config_file(folder, {**files, **data}, **sections)]
     )
     options = ChatOptions.from_config(config.data)
-    judge = judge_conversations if kind == "sft" else judge_preferences
     splits = {
-        f"data.{name}": [(Source(path), judge(path, template.tokenizer, options))] for name, path in files.items()
+        f"data.{name}": [(Source(path), judge(kind, path, template.tokenizer, options))] for name, path in files.items()
     }
     return examine(splits, template, options, config, examples=3)
 
@@ -179,7 +176,7 @@ def test_duplicates_across_sources_name_the_other_file(template, tmp_path):
     options = ChatOptions(max_length=128)
     paths = [write(tmp_path / "a.jsonl", GOOD[:4]), write(tmp_path / "b.jsonl", [*GOOD[5:], GOOD[1]])]
     sources = [
-        (Source(path), (replace(row, source=index) for row in judge_conversations(path, template.tokenizer, options)))
+        (Source(path), (replace(row, source=index) for row in judge("sft", path, template.tokenizer, options)))
         for index, path in enumerate(paths)
     ]
     config, _ = load_config(SFTConfig, ["--config", config_file(tmp_path, {"train": paths})])
@@ -214,7 +211,7 @@ def test_pair_statistics_are_those_of_the_pairs(template, tmp_path):
     rows = [pair(f"What is {n}?", "yes " * (1 + n % 3), "no " * (1 + n % 2)) for n in range(12)]
     report = examined(template, "dpo", rows, folder=tmp_path)
     options = ChatOptions(max_length=128)
-    encoded = [r.encoded for r in judge_preferences(str(tmp_path / "train.jsonl"), template.tokenizer, options)]
+    encoded = [r.encoded for r in judge("dpo", str(tmp_path / "train.jsonl"), template.tokenizer, options)]
     p, c, r = (
         np.array([len(getattr(e, name)) for e in encoded]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
@@ -236,7 +233,7 @@ def test_trimmed_and_dropped_rows_keep_their_full_length(template, tmp_path):
     }
     split = report.splits[0]
     assert (split.kept, split.sources[0].trimmed, split.sources[0].dropped) == (11, 1, 1)
-    whole = template.encode_conversation(_parsed(trimmed), ChatOptions(max_length=10_000))
+    whole = encode_one(template, _parsed(trimmed), ChatOptions(max_length=10_000))
     assert sorted(split.lengths)[-2:] == sorted([len(whole.input_ids), _length(template, LONG)])
     assert sum(length > 128 for length in split.lengths) == 2
     assert split.tokens_by_role.total() == split.sources[0].tokens < sum(split.lengths)
@@ -247,7 +244,7 @@ def _parsed(row: dict[str, Any]) -> Any:
 
 
 def _length(template: Template, row: dict[str, Any]) -> int:
-    return len(template.encode_conversation(_parsed(row), ChatOptions(max_length=10_000)).input_ids)
+    return len(encode_one(template, _parsed(row), ChatOptions(max_length=10_000)).input_ids)
 
 
 def test_control_tokens_and_stripped_newlines_are_counted(template, tmp_path):
@@ -264,7 +261,7 @@ def test_control_tokens_and_stripped_newlines_are_counted(template, tmp_path):
 
 
 def test_a_turn_without_a_supervised_stop_token_fails_the_check(template):
-    good = template.encode_conversation(_parsed(GOOD[0]), ChatOptions(max_length=128))
+    good = encode_one(template, _parsed(GOOD[0]), ChatOptions(max_length=128))
     (start, end, weight), *_ = good.spans
 
     def report(spans: list[tuple[int, int, float]]) -> Report:
@@ -318,7 +315,7 @@ def test_roles_of_a_tool_conversation_add_up(tmp_path):
     }
     report = examined(template, "sft", [row], folder=tmp_path, max_length=512)
     split = report.splits[0]
-    encoded = template.encode_conversation(_parsed(row), ChatOptions(max_length=512))
+    encoded = encode_one(template, _parsed(row), ChatOptions(max_length=512))
     assert set(split.tokens_by_role) == {"system", "user", "assistant", "tool"}
     assert split.tokens_by_role.total() == len(encoded.input_ids)
     supervised = sum(end - start for start, end, _ in encoded.spans)
@@ -350,11 +347,11 @@ def test_plan_is_what_the_stream_does(template, tmp_path):
     options = ChatOptions.from_config(config.data)
     sources = [Source(files[0], 1.5), Source(files[1])]
     judged = [
-        (source, (replace(r, source=i) for r in judge_conversations(source.path, template.tokenizer, options)))
+        (source, (replace(r, source=i) for r in judge("sft", source.path, template.tokenizer, options)))
         for i, source in enumerate(sources)
     ]
     plan = examine({"data.train": judged}, template, options, config).plan
-    tokens = tokenize_conversations(data["train"], template.tokenizer, options, workers=1, cache_dir=tmp_path / "cache")
+    tokens = tokenize("sft", data["train"], template.tokenizer, options, workers=1, cache_dir=tmp_path / "cache")
     stream = Stream(
         lengths=tokens.column("length"),
         total_weights=tokens.column("total_weight"),
@@ -377,14 +374,14 @@ def test_plan_is_what_the_stream_does(template, tmp_path):
 def test_a_pair_over_the_token_budget_is_an_error(share_prompt, template, tmp_path):
     rows = [pair("What is up? " * 5, "yes", "no")]
     encoded = next(
-        judge_preferences(write(tmp_path / "p.jsonl", rows), template.tokenizer, ChatOptions(max_length=128))
+        judge("dpo", write(tmp_path / "p.jsonl", rows), template.tokenizer, ChatOptions(max_length=128))
     ).encoded
     packed = len(encoded.prompt_ids) * (1 if share_prompt else 2) + len(encoded.chosen_ids + encoded.rejected_ids)
     for budget, codes in ((packed, 0), (packed - 1, 1)):
         sections = {"batch": {"tokens_per_microbatch": budget}, "reference": {"share_prompt": share_prompt}}
         path = config_file(tmp_path, {"train": str(tmp_path / "p.jsonl")}, **sections)
         config, _ = load_config(DPOConfig, ["--config", path])
-        judged = judge_preferences(str(tmp_path / "p.jsonl"), template.tokenizer, ChatOptions(max_length=128))
+        judged = judge("dpo", str(tmp_path / "p.jsonl"), template.tokenizer, ChatOptions(max_length=128))
         splits = {"data.train": [(Source(str(tmp_path / "p.jsonl")), judged)]}
         report = examine(splits, template, ChatOptions(max_length=128), config)
         assert report.exit_code == codes
@@ -392,7 +389,7 @@ def test_a_pair_over_the_token_budget_is_an_error(share_prompt, template, tmp_pa
 
 
 def test_memory_does_not_grow_with_the_rows(template):
-    encoded = template.encode_conversation(_parsed(chat("word " * 80, "Yes.")), ChatOptions(max_length=1000))
+    encoded = encode_one(template, _parsed(chat("word " * 80, "Yes.")), ChatOptions(max_length=1000))
 
     def rows(count: int) -> Iterator[JudgedRow]:
         for row in range(count):
@@ -424,8 +421,7 @@ def test_real_rows_are_accounted_for_and_dumped_as_training_has_them(name, scrip
     assert script.main(argv) == 0
     out = capsys.readouterr().out
     options = ChatOptions(max_length=1024)
-    tokenize = tokenize_conversations if kind == "sft" else tokenize_preferences
-    tokens = tokenize(str(source), real_tokenizer(), options, workers=1, cache_dir=tmp_path / "cache")
+    tokens = tokenize(kind, str(source), real_tokenizer(), options, workers=1, cache_dir=tmp_path / "cache")
     dumped = [json.loads(line) for line in dump.read_text().splitlines()]
     assert len(dumped) == tokens.report.kept == len(tokens.dataset) > 0
     assert [row["row"] for row in dumped] == tokens.column("row").tolist()
@@ -461,7 +457,7 @@ def test_speed_on_one_core(script, tmp_path):
     config, _ = load_config(SFTConfig, ["--config", config_file(tmp_path, {"train": source})])
     template = Template(real_tokenizer())
     started = time.process_time()
-    judged = judge_conversations(source, template.tokenizer, options)
+    judged = judge("sft", source, template.tokenizer, options)
     report = examine({"data.train": [(Source(source), judged)]}, template, options, config)
     seconds = time.process_time() - started
     assert report.splits[0].sources[0].tokens / seconds > 30_000
@@ -474,7 +470,7 @@ HOSTILE = "<script>alert(1)</script> & \x1b[31mred\x1b[0m [bold]x[/bold] \u202ee
 
 def test_segments_join_to_the_row_and_cut_at_the_mask(template):
     row = chat("Say <|im_start|> please", "naïve 日本 🙂 <|im_end|> ok", "more", "end")
-    encoded = template.encode_conversation(_parsed(row), ChatOptions(max_length=500))
+    encoded = encode_one(template, _parsed(row), ChatOptions(max_length=500))
     cut = segments(template, Part("", encoded.input_ids, encoded.spans))
     whole = template.tokenizer.decode(encoded.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert "".join(segment.text for segment in cut) == whole

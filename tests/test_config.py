@@ -25,7 +25,7 @@ from qwen_train import dpo, sft
 from qwen_train.config import TIMED_NAME, DPOConfig, SFTConfig, as_dict, load_config, to_yaml
 from qwen_train.data import stream
 from qwen_train.data.chat import ChatOptions
-from qwen_train.data.tokenize import tokenize_conversations
+from qwen_train.data.tokenize import tokenize
 from qwen_train.loss.preference import LOSSES, LossConfig, Pairs, preference_loss
 from qwen_train.model import compile, load, logprobs
 from qwen_train.model.load import load_model, load_tokenizer
@@ -392,7 +392,8 @@ def tokens(world: World, *arguments: str) -> Any:
     """The token arrays of data.train, or why there are none."""
     config = world.config(SFTConfig, *arguments)
     try:
-        data = tokenize("sft", 
+        data = tokenize(
+            "sft",
             config.data.train,
             load_tokenizer(config.model),
             ChatOptions.from_config(config.data),
@@ -408,8 +409,12 @@ def tokens(world: World, *arguments: str) -> Any:
 def model(world: World, *arguments: str) -> Any:
     """Trained weights, the base's, log-probs of a batch; how often the head, a recomputation, a compilation came."""
     config = resolve_auto(world.config(SFTConfig, *arguments), 300)
-    data = tokenize("sft", 
-        str(world.folder / "rows.jsonl"), load_tokenizer(config.model), ChatOptions(), cache_dir=world.cache_dir
+    data = tokenize(
+        "sft",
+        str(world.folder / "rows.jsonl"),
+        load_tokenizer(config.model),
+        ChatOptions(),
+        cache_dir=world.cache_dir,
     )
     calls: list[Callable[..., Any]] = []
 

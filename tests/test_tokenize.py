@@ -19,12 +19,8 @@ from qwen_train.data.tokenize import (
     DPO_COLUMNS,
     SFT_COLUMNS,
     TokenDataset,
-    judge_conversations,
-    judge_preferences,
-    tokenize_conversations,
-    tokenize_preferences,
 )
-from tests.support import SHARED, mini_tokenizer, needs_shared, real_tokenizer
+from tests.support import SHARED, encode_one, mini_tokenizer, needs_shared, real_tokenizer
 
 OPTIONS = ChatOptions(max_length=2048)
 
@@ -56,7 +52,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def run(paths: Any, cache: Path, options: ChatOptions = OPTIONS, **more: Any) -> TokenDataset:
-    return tokenize_conversations(paths, mini_tokenizer(), options, cache_dir=cache, **{"workers": 1, **more})
+    return tokenize.tokenize("sft", paths, mini_tokenizer(), options, cache_dir=cache, **{"workers": 1, **more})
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -94,7 +90,7 @@ def test_columns_hold_the_whole_mask(tmp_path: Path) -> None:
     assert data.report.dropped == {"too_long": 1} and data.report.rows == 3 and data.report.kept == 2
     template = Template(mini_tokenizer())
     for stored, row in zip(data.dataset, rows, strict=False):
-        expected = template.encode_conversation(parse_row(json.dumps(row), "sft"), OPTIONS)  # type: ignore[arg-type]
+        expected = encode_one(template, parse_row(json.dumps(row), "sft"), OPTIONS)  # type: ignore[arg-type]
         spans = list(zip(stored["span_starts"], stored["span_ends"], stored["span_weights"], strict=True))
         assert stored["input_ids"] == expected.input_ids and spans == expected.spans
         assert stored["length"] == len(expected.input_ids) and stored["total_weight"] == expected.total_weight
@@ -111,7 +107,7 @@ def test_pairs(tmp_path: Path) -> None:
         {"prompt": "Hi", "chosen": "Red.", "rejected": "Red. "},
     ]
     path = write(tmp_path / "a.jsonl", rows)
-    data = tokenize_preferences(path, mini_tokenizer(), OPTIONS, cache_dir=tmp_path / "cache", workers=1)
+    data = tokenize.tokenize("dpo", path, mini_tokenizer(), OPTIONS, cache_dir=tmp_path / "cache", workers=1)
     assert data.dataset.column_names == list(DPO_COLUMNS)
     assert data.report.dropped == {"identical_answers": 1} and data.column("row").tolist() == [0, 2]
     assert data.report.notes["whitespace_only_difference"] == 1
@@ -192,7 +188,7 @@ def test_the_cache_is_used_when_nothing_changed_and_only_then(tmp_path: Path, mo
     write(tmp_path / "a.jsonl", [chat_row("Hi", "Blue.")])
     assert run(path, cache).dataset[0] != first.dataset[0]
     assert len(builds) == 3
-    tokenize_conversations(path, mini_tokenizer("qwen3"), OPTIONS, cache_dir=cache, workers=1)
+    tokenize.tokenize("sft", path, mini_tokenizer("qwen3"), OPTIONS, cache_dir=cache, workers=1)
     assert len(builds) == 4
     assert len(list((cache / "tokens").iterdir())) == 4  # four whole folders and no rest of the work
 
@@ -272,7 +268,7 @@ def test_judged_rows_hold_every_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [chat_row("Hi", "Red."), chat_row("Hi", ""), chat_row("Hi", "Red. " * 300)]
     path.write_text("\n".join(["{", *map(json.dumps, rows), json.dumps(rows[0])]))
-    judged = list(judge_conversations(str(path), mini_tokenizer(), replace(OPTIONS, max_length=100)))
+    judged = list(tokenize.judge("sft", str(path), mini_tokenizer(), replace(OPTIONS, max_length=100)))
     assert [(row.status, row.reason) for row in judged] == [
         ("error", "bad_json"),
         ("kept", ""),
@@ -284,15 +280,15 @@ def test_judged_rows_hold_every_row(tmp_path: Path) -> None:
     assert [row.parsed is not None for row in judged] == [False, True, False, True, True]
     assert isinstance(judged[1].encoded, EncodedConversation) and judged[3].encoded is None
     pair = write(tmp_path / "b.jsonl", [{"prompt": "Hi", "chosen": "Red.", "rejected": "Green."}])
-    (verdict,) = judge_preferences(pair, mini_tokenizer(), OPTIONS)
+    (verdict,) = tokenize.judge("dpo", pair, mini_tokenizer(), OPTIONS)
     assert isinstance(verdict.encoded, EncodedPreference)
 
 
 @needs_shared
 def test_the_cache_holds_what_the_template_gives_for_the_demo_files(tmp_path: Path) -> None:
     paths = [str(SHARED / "data" / f"{name}_demo.json") for name in ("alpaca_en", "glaive_toolcall_en")]
-    data = tokenize_conversations(paths, real_tokenizer(), OPTIONS, cache_dir=tmp_path, workers=2)
-    judged = list(judge_conversations(paths, real_tokenizer(), OPTIONS))
+    data = tokenize.tokenize("sft", paths, real_tokenizer(), OPTIONS, cache_dir=tmp_path, workers=2)
+    judged = list(tokenize.judge("sft", paths, real_tokenizer(), OPTIONS))
     kept = [row for row in judged if isinstance(row.encoded, EncodedConversation)]
     assert len(judged) == 1299 == data.report.rows and len(kept) == len(data)
     assert [(row.source, row.row) for row in kept] == list(zip(data.column("source"), data.column("row"), strict=True))

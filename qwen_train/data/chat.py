@@ -2,9 +2,8 @@
 
 What a caller uses:
 - `Template(tokenizer)`: one per process; ValueError when the tokenizer has no usable chat template;
-- `template.encode_conversation(conversation, options)` / `encode_preference(preference, options)`: one row;
-- `template.encode_conversations(rows, options)` / `encode_preferences(rows, options)`: a batch at once (faster), each
-  result an encoding or the `RowError` that row deserves, never raising for a row;
+- `template.encode(kind, rows, options)`: a batch of rows, each result an encoding or the `RowError` that row deserves,
+  never raising for a row;
 - `template.role_spans(ids)`: `(role, start, end)` of every turn on the ids of a rendering, for counts by role;
 - `template.prompt_ids(messages, tools, options)`: a prompt with the generation header, for sampling.
 
@@ -34,6 +33,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from qwen_train.config import Kind
 from qwen_train.data.formats import ROLES, Conversation, Message, Preference, RowError
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -358,18 +358,19 @@ class Template:
             spans.append((role, start, end))
         return spans
 
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def encode(self, kind: Kind, rows: Sequence[Any], options: ChatOptions) -> list[Any]:
+        """`Conversation`s ("sft") as `EncodedConversation`s or `Preference`s ("dpo") as `EncodedPreference`s.
+
+        A row that cannot be used gives its `RowError` instead.
+        """
+        return self._conversations(list(rows), options) if kind == "sft" else self._preferences(list(rows), options)
+
     # --- conversations ------------------------------------------------------------------------------------------------
 
-    def encode_conversation(self, conversation: Conversation, options: ChatOptions) -> EncodedConversation:
-        """Token ids and supervised spans of one conversation; RowError where the row cannot be used."""
-        return _result(self.encode_conversations([conversation], options)[0])
-
-    def encode_conversations(
-        self, conversations: Sequence[Conversation], options: ChatOptions
-    ) -> list[EncodedConversation | RowError]:
-        """`encode_conversation` for a batch, each row's result or its RowError."""
-
-        rows = list(conversations)
+    def _conversations(self, rows: list[Conversation], options: ChatOptions) -> list[EncodedConversation | RowError]:
+        """Token ids and supervised spans under the length policy."""
         results = self._conversations_at_any_length(rows, options)
         for index, (row, result) in enumerate(zip(rows, results, strict=True)):
             if isinstance(result, EncodedConversation) and len(result.input_ids) > options.max_length:
@@ -408,16 +409,8 @@ class Template:
 
     # --- preferences --------------------------------------------------------------------------------------------------
 
-    def encode_preference(self, preference: Preference, options: ChatOptions) -> EncodedPreference:
-        """Token ids of the shared prompt and the two answers; RowError where the pair cannot be used."""
-        return _result(self.encode_preferences([preference], options)[0])
-
-    def encode_preferences(
-        self, preferences: Sequence[Preference], options: ChatOptions
-    ) -> list[EncodedPreference | RowError]:
-        """`encode_preference` for a batch, each row's result or its RowError."""
-
-        rows = list(preferences)
+    def _preferences(self, rows: list[Preference], options: ChatOptions) -> list[EncodedPreference | RowError]:
+        """Token ids of the shared prompt and the two answers under the length policy."""
         results = self._preferences_at_any_length(rows, options)
         for index, (row, result) in enumerate(zip(rows, results, strict=True)):
             if isinstance(result, EncodedPreference) and result.longest > options.max_length:

@@ -314,10 +314,7 @@ class _Reader:
     def _full_length(self, row: JudgedRow) -> int | None:
         """Tokens of a row that the length policy shortened or left out; None where it has no encoding at any length."""
         unlimited = replace(self.options, max_length=NO_LIMIT)
-        parsed: Any = row.parsed
-        sft = self.split.kind == "sft"
-        encode: Any = self.template.encode_conversations if sft else self.template.encode_preferences
-        result = encode([parsed], unlimited)[0]
+        (result,) = self.template.encode(self.split.kind, [row.parsed], unlimited)
         return None if isinstance(result, RowError) else int(result.longest)
 
     def _conversation(self, encoded: EncodedConversation, source: SourceCounts) -> None:

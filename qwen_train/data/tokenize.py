@@ -1,14 +1,14 @@
 """Files of rows -> cached token arrays, and every row's verdict for the flight check.
 
 What a caller uses:
-- `tokenize_conversations(paths, tokenizer, options, ...)` (SFT), `tokenize_preferences(...)` (DPO) -> `TokenDataset`:
+- `tokenize(kind, paths, tokenizer, options, ...)` -> `TokenDataset`, of conversations ("sft") or pairs ("dpo"):
   tokenises in worker processes, or loads the cache when files, options, template, tokenizer and code are the same.
   Call it on rank 0 first and on the others afterwards: the second call only loads. Rows in error end it with one
   ValueError that lists the first ten with file and line; dropped rows are counted in `TokenDataset.report`;
 - `TokenDataset.dataset`: the `datasets.Dataset`, columns as in `SFT_COLUMNS` / `DPO_COLUMNS`; `.column(name)` gives one
   of its number columns as a numpy array; `.paths` what the column `source` counts; `.place(index)` is `file:line`;
-- `judge_conversations(paths, tokenizer, options, ...)` and `judge_preferences(...)`: a `JudgedRow` for every row in
-  order, good or bad, never raising for a row and leaving nothing on the disk.
+- `judge(kind, paths, tokenizer, options, ...)`: a `JudgedRow` for every row in order, good or bad, never raising for a
+  row and leaving nothing on the disk.
 
 Rows travel to the workers as JSON text, so Arrow never sees tool schemas. The cache folder is named by a fingerprint
 and appears by one rename when it is whole; a folder whose files do not match their checksums is rebuilt.
@@ -33,7 +33,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qwen_train.config import DataPaths, Kind
+from qwen_train.config import DataConfig, DataPaths, Kind
 from qwen_train.data import chat, formats
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
 from qwen_train.data.formats import (
@@ -168,35 +168,41 @@ class TokenDataset:
         return row_place(self.paths[source], int(row["row"]), self.report.lines[source])
 
 
-def tokenize_conversations(
+def tokenize(
+    kind: Kind,
     paths: DataPaths,
     tokenizer: PreTrainedTokenizerBase,
     options: ChatOptions,
     *,
     format: str = "auto",
-    workers: int = 2,
-    cache_dir: str | Path = "~/.cache/qwen_train",
+    workers: int = DataConfig.workers,
+    cache_dir: str | Path = DataConfig.cache_dir,
     name: str = "data.train",
 ) -> TokenDataset:
-    """SFT rows as token arrays, from the cache where possible; ValueError lists rows in error (`name`: the field)."""
-    return _tokenize("sft", paths, tokenizer, options, format, workers, cache_dir, name)
+    """Rows as token arrays, from the cache where possible; ValueError lists rows in error (`name`: the field)."""
+    sources = formats.sources_of(paths, kind, format, name)
+    Template(tokenizer)  # an unusable template is refused before any work, and before an old cache is looked at
+    judging = _Judge(kind, tokenizer, options, format)
+    fingerprint = _fingerprint(sources, judging)
+    root = Path(cache_dir).expanduser() / "tokens"
+    folder = root / fingerprint
+    for left in clean_scratch(root):
+        log.warning("%s: deleted, left by a process that died while tokenising", left)
+    if not folder.exists():
+        _build(sources, judging, workers, folder)
+    try:
+        dataset, report = _load(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: the token cache is damaged (%s); it is built again", folder, error)
+        aside = folder.with_name(f"{folder.name}{MARK}{uuid.uuid4().hex}")  # and so deleted, if not by us
+        _rename_away(folder, aside)
+        _build(sources, judging, workers, folder)
+        dataset, report = _load(folder)
+    return TokenDataset(dataset, report, sources, folder, fingerprint)
 
 
-def tokenize_preferences(
-    paths: DataPaths,
-    tokenizer: PreTrainedTokenizerBase,
-    options: ChatOptions,
-    *,
-    format: str = "auto",
-    workers: int = 2,
-    cache_dir: str | Path = "~/.cache/qwen_train",
-    name: str = "data.train",
-) -> TokenDataset:
-    """DPO rows as token arrays, from the cache where possible; ValueError lists rows in error (`name`: the field)."""
-    return _tokenize("dpo", paths, tokenizer, options, format, workers, cache_dir, name)
-
-
-def judge_conversations(
+def judge(
+    kind: Kind,
     paths: DataPaths,
     tokenizer: PreTrainedTokenizerBase,
     options: ChatOptions,
@@ -204,66 +210,20 @@ def judge_conversations(
     format: str = "auto",
     name: str = "data.train",
 ) -> Iterator[JudgedRow]:
-    """Every SFT row's verdict in order; ValueError only for what is no row's fault (a missing file, no template)."""
-    return _judge_all("sft", paths, tokenizer, options, format, name)
-
-
-def judge_preferences(
-    paths: DataPaths,
-    tokenizer: PreTrainedTokenizerBase,
-    options: ChatOptions,
-    *,
-    format: str = "auto",
-    name: str = "data.train",
-) -> Iterator[JudgedRow]:
-    """Every DPO row's verdict in order; ValueError only for what is no row's fault (a missing file, no template)."""
-    return _judge_all("dpo", paths, tokenizer, options, format, name)
+    """Every row's verdict in order; ValueError only for what is no row's fault (a missing file, no template)."""
+    sources = formats.sources_of(paths, kind, format, name)
+    judging = _Judge(kind, tokenizer, options, format)
+    rows = (row for index, source in enumerate(sources) for row in read_rows(index, source.path))
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        yield from judging.verdicts(batch)
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def _judge_all(
-    kind: Kind, paths: DataPaths, tokenizer: PreTrainedTokenizerBase, options: ChatOptions, format: str, name: str
-) -> Iterator[JudgedRow]:
-    sources = formats.sources_of(paths, kind, format, name)
-    template = Template(tokenizer)
-    rows = (row for index, source in enumerate(sources) for row in read_rows(index, source.path))
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        yield from _judge(batch, template, options, kind, format)
-
-
-def _judge(
-    rows: Sequence[RawRow], template: Template, options: ChatOptions, kind: Kind, format: str
-) -> list[JudgedRow]:
-    """Parse and encode a batch of rows; nothing that a row holds raises."""
-    parsed: list[Any] = []
-    for row in rows:
-        try:
-            if row.error:
-                raise RowError(*row.error)
-            parsed.append(parse_row(row.text, kind, format))
-        except RowError as error:
-            parsed.append(error)
-    good = [item for item in parsed if not isinstance(item, RowError)]
-    encode: Any = template.encode_conversations if kind == "sft" else template.encode_preferences
-    encoded = iter(encode(good, options))
-    judged = []
-    for row, item in zip(rows, parsed, strict=True):
-        place = (row.source, row.path, row.row, row.place)
-        record = None if isinstance(item, RowError) else item
-        result = item if isinstance(item, RowError) else next(encoded)
-        if isinstance(result, RowError):
-            status: Status = "dropped" if result.drop else "error"
-            judged.append(JudgedRow(*place, status, result.reason, str(result), result.notes, record))
-        else:
-            judged.append(JudgedRow(*place, "kept", notes=result.notes, parsed=record, encoded=result))
-    return judged
-
-
 @dataclass(frozen=True)
 class _Judge:
-    """What a worker does with a batch of raw rows: columns in, columns out."""
+    """All that decides what becomes of a raw row. Called by the workers: columns in, columns out."""
 
     kind: Kind
     tokenizer: PreTrainedTokenizerBase
@@ -274,15 +234,38 @@ class _Judge:
     def template(self) -> Template:
         return Template(self.tokenizer)
 
+    def verdicts(self, rows: Sequence[RawRow]) -> list[JudgedRow]:
+        """Parse and encode a batch of rows; nothing that a row holds raises."""
+        parsed: list[Any] = []
+        for row in rows:
+            try:
+                if row.error:
+                    raise RowError(*row.error)
+                parsed.append(parse_row(row.text, self.kind, self.format))
+            except RowError as error:
+                parsed.append(error)
+        good = [item for item in parsed if not isinstance(item, RowError)]
+        encoded = iter(self.template.encode(self.kind, good, self.options))
+        judged = []
+        for row, item in zip(rows, parsed, strict=True):
+            place = (row.source, row.path, row.row, row.place)
+            record = None if isinstance(item, RowError) else item
+            result = item if isinstance(item, RowError) else next(encoded)
+            if isinstance(result, RowError):
+                status: Status = "dropped" if result.drop else "error"
+                judged.append(JudgedRow(*place, status, result.reason, str(result), result.notes, record))
+            else:
+                judged.append(JudgedRow(*place, "kept", notes=result.notes, parsed=record, encoded=result))
+        return judged
+
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [
             RawRow(source, "", row, text, has_lines, tuple(json.loads(error)) if error else None)
             for source, row, text, has_lines, error in zip(*(batch[name] for name in RAW_COLUMNS), strict=True)
         ]
-        judged = _judge(rows, self.template, self.options, self.kind, self.format)
         encode = _conversation_columns if self.kind == "sft" else _preference_columns
         table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS[self.kind], *VERDICT_COLUMNS)}
-        for raw, verdict in zip(rows, judged, strict=True):
+        for raw, verdict in zip(rows, self.verdicts(rows), strict=True):
             values = encode(verdict.encoded) | {
                 "source": verdict.source,
                 "row": verdict.row,
@@ -323,45 +306,14 @@ def _preference_columns(encoded: Any) -> dict[str, Any]:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _tokenize(
-    kind: Kind,
-    paths: DataPaths,
-    tokenizer: PreTrainedTokenizerBase,
-    options: ChatOptions,
-    format: str,
-    workers: int,
-    cache_dir: str | Path,
-    name: str,
-) -> TokenDataset:
-    sources = formats.sources_of(paths, kind, format, name)
-    Template(tokenizer)  # an unusable template is refused before any work, and before an old cache is looked at
-    fingerprint = _fingerprint(kind, sources, tokenizer, options, format)
-    root = Path(cache_dir).expanduser() / "tokens"
-    folder = root / fingerprint
-    for left in clean_scratch(root):
-        log.warning("%s: deleted, left by a process that died while tokenising", left)
-    if not folder.exists():
-        _build(kind, sources, tokenizer, options, format, workers, folder)
-    try:
-        dataset, report = _load(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s: the token cache is damaged (%s); it is built anew", folder, error)
-        aside = folder.with_name(f"{folder.name}{MARK}{uuid.uuid4().hex}")  # and so deleted, if not by us
-        _rename_away(folder, aside)
-        _build(kind, sources, tokenizer, options, format, workers, folder)
-        dataset, report = _load(folder)
-    return TokenDataset(dataset, report, sources, folder, fingerprint)
-
-
-def _fingerprint(
-    kind: Kind, sources: list[formats.Source], tokenizer: PreTrainedTokenizerBase, options: ChatOptions, format: str
-) -> str:
+def _fingerprint(sources: list[formats.Source], judging: _Judge) -> str:
     """Names the cache by all that decides its content: files, options, template, tokenizer, this code, libraries."""
+    tokenizer = judging.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
-        "kind": kind,
-        "format": format,
-        "options": asdict(options),
+        "kind": judging.kind,
+        "format": judging.format,
+        "options": asdict(judging.options),
         "sources": [(source.path, formats.content_hash(source.path)) for source in sources],
         "template": tokenizer.chat_template,
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else str(tokenizer),
@@ -373,15 +325,7 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(
-    kind: Kind,
-    sources: list[formats.Source],
-    tokenizer: PreTrainedTokenizerBase,
-    options: ChatOptions,
-    format: str,
-    workers: int,
-    folder: Path,
-) -> None:
+def _build(sources: list[formats.Source], judging: _Judge, workers: int, folder: Path) -> None:
     """Tokenise into a temporary folder beside `folder` and rename it there; whoever comes second keeps the first's."""
     try:
         with scratch_folder(folder) as work:
@@ -391,16 +335,16 @@ def _build(
             table = formats.build_table(
                 raw,
                 RAW_COLUMNS,
-                _Judge(kind, tokenizer, options, format),
-                {**COLUMNS[kind], **VERDICT_COLUMNS},
+                judging,
+                {**COLUMNS[judging.kind], **VERDICT_COLUMNS},
                 workers=workers,
                 rows_per_worker=ROWS_PER_WORKER,
                 batch_size=BATCH_ROWS,
                 folder=work / "work",
             )
-            report, keep = _reported(kind, table, sources)
+            report, keep = _reported(judging.kind, table, sources)
             done = work / "done"
-            formats.save_table(table, keep, list(COLUMNS[kind]), done)
+            formats.save_table(table, keep, list(COLUMNS[judging.kind]), done)
             del table
             (done / "report.json").write_text(json.dumps(asdict(report), indent=1))
             manifest = {file.name: _file_hash(file) for file in sorted(done.iterdir())}

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from qwen_train.config import Kind
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
 from qwen_train.data.packing import Batch, pack_sequences
-from qwen_train.data.tokenize import JudgedRow, judge_conversations, judge_preferences
+from qwen_train.data.tokenize import JudgedRow, judge
 from qwen_train.model.adapters import (
     BASE,
     adapter_sha256,
@@ -226,9 +227,10 @@ def _given_rows(path: str, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The first rows of a file, conversations or pairs, as one batch."""
     options = ChatOptions(max_length=4096)
     problems = []
-    for judge in (judge_conversations, judge_preferences):
+    kinds: tuple[Kind, ...] = ("sft", "dpo")
+    for kind in kinds:
         judged: list[JudgedRow] = []
-        for row in judge(path, tokenizer, options, name="--rows"):
+        for row in judge(kind, path, tokenizer, options, name="--rows"):
             judged.append(row)
             if len(judged) == MAX_ROWS:
                 break

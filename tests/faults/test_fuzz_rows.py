@@ -24,7 +24,7 @@ from qwen_train.data import formats, tokenize
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
 from qwen_train.data.formats import Conversation, Preference, RowError, parse_row
 from tests.faults.mutations import DPO_ROWS, SFT_ROWS, mutate, mutated_text
-from tests.support import mini_tokenizer
+from tests.support import encode_one, mini_tokenizer
 
 SECONDS = 20
 ANSWER = re.compile(rb"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
@@ -171,8 +171,7 @@ def judge(kind: Any, dice: Random, counts: Counter[str]) -> None:
     signal.alarm(SECONDS)
     try:
         parsed: Any = parse_row(text, kind)
-        encode: Any = known.encode_conversation if kind == "sft" else known.encode_preference
-        encoded = encode(parsed, options)
+        encoded = encode_one(known, parsed, options)
     except RowError as error:
         lines = str(error).splitlines()
         assert len(lines) == 1 and re.fullmatch(r"[a-z_]+", error.reason), repr(str(error))
@@ -241,7 +240,7 @@ def test_a_wrong_mask_would_be_seen(shift: tuple[int, int]):
     for row in SFT_ROWS:
         parsed: Any = parse_row(json.dumps(row), "sft")
         options = ChatOptions(max_length=10_000)
-        encoded = known.encode_conversation(parsed, options)
+        encoded = encode_one(known, parsed, options)
         assert right_conversation(parsed, encoded, options, known.tokenizer)
         start, end, weight = encoded.spans[-1]
         shifted = (start + shift[0], end + shift[1], weight)
@@ -263,15 +262,11 @@ def test_a_file_of_spoilt_rows_is_judged_to_its_end(kind: Any, suffix: str, tmp_
     else:
         texts = [text for text in texts if text.strip()]
         path.write_bytes("\n".join(texts).encode(errors="surrogatepass"))
-    judge_rows, tokenize_rows = {
-        "sft": (tokenize.judge_conversations, tokenize.tokenize_conversations),
-        "dpo": (tokenize.judge_preferences, tokenize.tokenize_preferences),
-    }[kind]
     options = ChatOptions(max_length=10_000)
-    judged = list(judge_rows(str(path), mini_tokenizer(), options))
+    judged = list(tokenize.judge(kind, str(path), mini_tokenizer(), options))
     assert len(judged) == len(texts) and [row.row for row in judged] == list(range(len(texts)))
     counts = Counter(row.status for row in judged)
     assert counts["kept"] >= 20 and counts["error"] >= 20
     with pytest.raises(ValueError, match=f"{counts['error']} of {len(texts)} rows cannot be used") as caught:
-        tokenize_rows(str(path), mini_tokenizer(), options, cache_dir=tmp_path / "cache", workers=0)
+        tokenize.tokenize(kind, str(path), mini_tokenizer(), options, cache_dir=tmp_path / "cache", workers=0)
     str(caught.value).encode()

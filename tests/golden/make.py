@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.formats import parse_row
-from tests.support import GOLDEN, SHARED, real_tokenizer
+from tests.support import GOLDEN, SHARED, encode_one, real_tokenizer
 
 TOOLS = [
     {
@@ -87,9 +87,9 @@ def encode(case: dict[str, Any], template: Template) -> dict[str, Any]:
     options = ChatOptions(**case.get("options", {}))
     row: Any = parse_row(json.dumps(case["row"]), kind)
     if kind == "sft":
-        encoded = template.encode_conversation(row, options)
+        encoded = encode_one(template, row, options)
         return {"input_ids": encoded.input_ids, "spans": [list(s) for s in encoded.spans], "notes": encoded.notes}
-    pair = template.encode_preference(row, options)
+    pair = encode_one(template, row, options)
     return {
         "prompt_ids": pair.prompt_ids,
         "chosen_ids": pair.chosen_ids,

@@ -39,7 +39,7 @@ from qwen_train.data.stream import (
     packed_lengths,
     prefetch,
 )
-from qwen_train.data.tokenize import tokenize_conversations, tokenize_preferences
+from qwen_train.data.tokenize import tokenize
 from qwen_train.loss.preference import LossConfig, preference_loss
 from qwen_train.model import kernels, last_layer, load, logprobs, lora
 from qwen_train.model.load import load_model, load_tokenizer
@@ -120,9 +120,8 @@ def make_config(case: dict, args: argparse.Namespace) -> SFTConfig:
 @cache
 def tokenized(path: str, task: str, supervise: str, model: str):
     config = DataConfig(train=path, max_length=2048, supervise=supervise)
-    tokenize = tokenize_conversations if task == "sft" else tokenize_preferences
     tokenizer = load_tokenizer(ModelConfig(path=model))
-    return tokenize(path, tokenizer=tokenizer, options=ChatOptions.from_config(config), workers=8)
+    return tokenize(task, path, tokenizer, options=ChatOptions.from_config(config), workers=8)
 
 
 def make_stream(config: SFTConfig, case: dict) -> Stream:
