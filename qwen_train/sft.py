@@ -136,7 +136,7 @@ def train(config: SFTConfig, run: Run) -> None:
             return nll / sequence_sums(batch.weights, batch)
 
         steps = range(progress.step, total_steps)
-        for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers, pin_memory=True)):
+        for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers)):
             lr = learning_rate(config.optim, step, total_steps)
             set_learning_rate(optimizer, lr)
             # In smaller ones if memory runs out.
@@ -173,7 +173,7 @@ def train(config: SFTConfig, run: Run) -> None:
             stopping = run.should_stop()
             if last or stopping or due(progress.step, config.run.save_every) or save_asked(run, folder):
                 with throughput.paused():
-                    save(run, folder, progress, model, optimizer, config, saver, first=metrics.sync)
+                    save(run, folder, progress, model, optimizer, config, saver, before_write=metrics.sync)
             saver.check()
             if stopping:
                 saver.wait()

@@ -48,7 +48,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def train(folder: Path, first: int, last: int, resume_step: int | None, value: float) -> None:
-    with Metrics(folder, 20, resume_step, console=console()) as log:
+    with Metrics(folder, 20, resume_step, True, console=console()) as log:
         for step in range(first, last + 1):
             log.log(step, {"train/loss": value + step})
             if step % 5 == 0:
@@ -69,7 +69,7 @@ def test_a_step_is_one_line_with_the_names_of_tensorboard(tmp_path):
 
 def test_lines_are_there_as_soon_as_they_are_logged(tmp_path):
     def die() -> None:
-        log = Metrics(tmp_path, 20, console=console())
+        log = Metrics(tmp_path, 20, None, True, console=console())
         log.log(1, {"train/loss": 1.0})
         log.log(2, {"train/loss": 2.0})
         log.log(2, {"eval/loss": 3.0})
@@ -81,7 +81,7 @@ def test_lines_are_there_as_soon_as_they_are_logged(tmp_path):
 
 def test_what_is_not_finite_is_null_and_never_stops_a_run(tmp_path):
     values = {"train/loss": math.nan, "train/grad_norm": math.inf, "perf/x": -math.inf, "train/epoch": 1}
-    with Metrics(tmp_path, 20, console=console()) as log:
+    with Metrics(tmp_path, 20, None, True, console=console()) as log:
         log.log(1, values)
         log.log(2, {"train/loss": torch.tensor(0.5).item()})
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -150,7 +150,7 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 50))
     monkeypatch.setattr(metrics.time, "monotonic", lambda: float(next(clock)))
     out = console()
-    log = Metrics(tmp_path, 200, console=out)
+    log = Metrics(tmp_path, 200, None, True, console=out)
     log.advance(5)
     log.log(10, {"train/loss": 1.23456, "train/learning_rate": 2e-5, "perf/tokens_per_second": 12345.6, "train/x": 1.0})
     log.log(10, {"eval/exact_match": 0.25, "eval/logps/chosen": -3.0, "eval/loss": 0.5})  # logps: in the files alone
@@ -167,7 +167,7 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
 
 def test_a_bar_on_a_terminal(tmp_path):
     out = console(terminal=True)
-    with Metrics(tmp_path, 50, 10, console=out) as log:
+    with Metrics(tmp_path, 50, 10, True, console=out) as log:
         log.advance(11)
         log.log(20, {"train/loss": 1.5, "train/learning_rate": 1e-5})
     shown = out.file.getvalue()  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ def test_a_bar_on_a_terminal(tmp_path):
 
 
 def test_samples_and_texts_reach_tensorboard_and_cannot_become_markup(tmp_path):
-    with Metrics(tmp_path, 10, console=console()) as log:
+    with Metrics(tmp_path, 10, None, True, console=console()) as log:
         log.text(0, "how to read", "margins are in nats")
         log.samples(
             3, "samples", [{"prompt": "2+2?\n# no heading", "answer": "```\n<script>alert(1)</script>"}, {"a": ""}]
@@ -191,7 +191,7 @@ def test_samples_and_texts_reach_tensorboard_and_cannot_become_markup(tmp_path):
 
 def test_other_ranks_write_and_print_nothing(tmp_path):
     out = console()
-    with Metrics(tmp_path / "run", 10, is_main=False, console=out) as log:
+    with Metrics(tmp_path / "run", 10, None, False, console=out) as log:
         log.log(1, {"train/loss": 1.0})
         log.advance(1)
         log.text(1, "a", "b")
@@ -203,7 +203,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path):
 
 
 def test_a_step_cannot_go_back(tmp_path):
-    with Metrics(tmp_path, 10, console=console()) as log:
+    with Metrics(tmp_path, 10, None, True, console=console()) as log:
         log.log(2, {"train/loss": 1.0})
         with pytest.raises(AssertionError, match="step 1 after 2"):
             log.log(1, {"train/loss": 1.0})

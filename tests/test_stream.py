@@ -437,12 +437,12 @@ def test_prefetching_changes_nothing_but_the_time(workers):
     stream = make(epochs=2)
     steps = range(5, stream.num_steps(2))
     before = torch.get_rng_state()
-    got = list(prefetch(stream, steps, workers=workers, pin_memory=True))
+    got = list(prefetch(stream, steps, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
     assert [step for step, _ in got] == list(steps)
     for step, microbatches in got:
         assert_same(microbatches, stream[step])
-    assert list(prefetch(stream, range(0), workers=workers, pin_memory=False)) == []
+    assert list(prefetch(stream, range(0), workers=workers)) == []
 
 
 def test_the_budget_is_halved_down_to_the_longest_row():
@@ -458,7 +458,7 @@ def test_steps_after_a_halved_budget_are_cut_by_it(workers):
     """Workers hold the next four steps already, cut by the old one; none is lost and none comes twice."""
     stream, before = make(tokens_per_microbatch=160), children()
     got = []
-    for step, microbatches in prefetch(stream, range(2, 14), workers=workers, pin_memory=False):
+    for step, microbatches in prefetch(stream, range(2, 14), workers=workers):
         got.append((step, microbatches))
         if step in (4, 9):
             assert stream.halve_budget()
@@ -474,7 +474,7 @@ def test_steps_after_a_halved_budget_are_cut_by_it(workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_prefetched_batches_are_pinned(workers):
     stream = make()
-    for step, microbatches in prefetch(stream, range(4), workers=workers, pin_memory=True):
+    for step, microbatches in prefetch(stream, range(4), workers=workers):
         assert all(batch.input_ids.is_pinned() and batch.weights.is_pinned() for batch in microbatches)
         on_gpu = [batch.to("cuda", non_blocking=True) for batch in microbatches]
         for batch, expected in zip(on_gpu, stream[step], strict=True):
@@ -484,21 +484,21 @@ def test_prefetched_batches_are_pinned(workers):
 def test_conversations_are_prefetched_from_a_data_set():
     dataset = conversations(18)
     stream = make(lengths=packed_lengths(dataset), total_weights=np.ones(18), collate=collate_conversations(dataset))
-    for step, microbatches in prefetch(stream, range(4), workers=2, pin_memory=False):
+    for step, microbatches in prefetch(stream, range(4), workers=2):
         assert_same(microbatches, stream[step])
 
 
 def test_workers_end_with_the_loop_and_when_it_raises():
     stream = make()
     before = children()
-    running = prefetch(stream, range(1000), workers=2, pin_memory=False)
+    running = prefetch(stream, range(1000), workers=2)
     next(running)
     assert len(children() - before) == 2
     running.close()
     assert children() == before
 
     def loop() -> None:
-        for step, _ in prefetch(stream, range(1000), workers=2, pin_memory=False):
+        for step, _ in prefetch(stream, range(1000), workers=2):
             if step == 3:
                 raise ZeroDivisionError
 
@@ -516,7 +516,7 @@ def test_workers_run_one_thread_and_leave_signals_to_the_main_process():
         return pack_sequences([(np.array([os.getpid(), torch.get_num_threads(), *ignored]), np.zeros(4))], rows[:1])
 
     stream = make(collate=report)
-    seen = [batch.input_ids.tolist() for _, share in prefetch(stream, range(6), 2, False) for batch in share]
+    seen = [batch.input_ids.tolist() for _, share in prefetch(stream, range(6), 2) for batch in share]
     assert len({pid for pid, *_ in seen} - {os.getpid()}) == 2
     assert all(rest == [1, 1, 1] for _, *rest in seen)
 
@@ -524,7 +524,7 @@ def test_workers_run_one_thread_and_leave_signals_to_the_main_process():
 def test_a_long_run_of_many_micro_batches_holds_no_file_descriptors():
     stream = make(sequences_per_step=64, tokens_per_microbatch=40)  # about 35 micro-batches a step
     kept, counts = [], []
-    for _, microbatches in prefetch(stream, range(30), workers=2, pin_memory=False):
+    for _, microbatches in prefetch(stream, range(30), workers=2):
         kept.append(microbatches)  # a loop that falls behind
         counts.append(len(os.listdir("/proc/self/fd")))
     assert sum(len(microbatches) for microbatches in kept) > 900
@@ -541,7 +541,7 @@ def test_a_dead_worker_is_reported_with_the_remedy():
 
     before = children()
     with pytest.raises(RuntimeError, match=r"data\.workers: a worker .* died .*lower data\.workers"):
-        list(prefetch(make(collate=die), range(40), workers=2, pin_memory=False))
+        list(prefetch(make(collate=die), range(40), workers=2))
     assert children() == before
 
 
@@ -553,7 +553,7 @@ def test_a_users_mistake_crosses_over_as_one_line_and_a_bug_with_its_traceback(w
                 raise error("cache: row 50 is damaged; delete the cache folder")
             return collate(rows)
 
-        return list(prefetch(make(collate=collate_or_fail), range(40), workers=workers, pin_memory=False))
+        return list(prefetch(make(collate=collate_or_fail), range(40), workers=workers))
 
     with pytest.raises(ValueError) as mistake:
         fail(ValueError)

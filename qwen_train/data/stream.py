@@ -283,26 +283,23 @@ def _list_lengths(dataset: Any, name: str) -> IntArray:
 # ---- collation ahead of the step ----
 
 
-def prefetch(
-    stream: Stream, steps: Sequence[int], workers: int, pin_memory: bool
-) -> Iterator[tuple[int, MicroBatches]]:
+def prefetch(stream: Stream, steps: Sequence[int], workers: int) -> Iterator[tuple[int, MicroBatches]]:
     """``(step, stream[step])`` in the order of ``steps``, collated by worker processes ahead of the step.
 
     ``workers`` 0 collates in this process when the step is asked for. Each worker keeps two steps ready, runs one
     thread, and ends with this generator (``close()``, or the loop that holds it). After a ``halve_budget`` the steps to
-    come are cut by the new budget. ``pin_memory`` has an effect with CUDA only. torch's global random state is left
-    alone.
+    come are cut by the new budget. With CUDA batches lie in page-locked memory. torch's global random state is
+    left alone.
     """
-    pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
         for step in steps:
             microbatches = stream[step]
-            yield step, _pin(microbatches) if pin_memory else microbatches
+            yield step, _pin(microbatches) if torch.cuda.is_available() else microbatches
         return
     done = 0
     while done < len(steps):
         budget = stream.tokens_per_microbatch
-        with contextlib.closing(_collated_by_workers(stream, steps[done:], workers, pin_memory)) as collated:
+        with contextlib.closing(_collated_by_workers(stream, steps[done:], workers)) as collated:
             for item in collated:
                 done += 1
                 yield item
@@ -310,9 +307,7 @@ def prefetch(
                     break  # what comes next is cut by the old budget: workers that know the new one begin anew
 
 
-def _collated_by_workers(
-    stream: Stream, steps: Sequence[int], workers: int, pin_memory: bool
-) -> Generator[tuple[int, MicroBatches]]:
+def _collated_by_workers(stream: Stream, steps: Sequence[int], workers: int) -> Generator[tuple[int, MicroBatches]]:
     """What `prefetch` yields, by workers that keep the stream as it is now."""
     loader = DataLoader(
         _Shipments(stream),
@@ -320,7 +315,7 @@ def _collated_by_workers(
         sampler=steps,
         num_workers=workers,
         prefetch_factor=2,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         multiprocessing_context="fork",  # shares the data set; the workers touch no GPU
         generator=torch.Generator(),  # otherwise DataLoader would draw its seed from the global generator

@@ -6,7 +6,7 @@
 
 Safetensors and JSON only: nothing here can run code, and a file that the manifest does not name is never opened. Resume
 takes the newest folder that verifies and says which it skipped and why. With sharded saves several ranks write
-their files into the folder of one `start_save` and rank 0 ends it with `finish_save`.
+their files into the folder of one `saving`, and rank 0 ends it with `finish_save`.
 """
 
 import contextlib
@@ -26,35 +26,15 @@ from torch import Tensor
 from qwen_train.train.blocks import BlockReader
 from qwen_train.train.files import (
     FileEntry,
-    clean_leftovers,
     delete_folder,
+    file_sha256,
     install_folder,
     num_bytes,
     require_free_space,
     stage_folder,
     write_file,
-    write_json_atomic,
     write_tensors,
 )
-
-__all__ = [
-    "ConfigChange",
-    "SaveError",
-    "clean_leftovers",
-    "config_changes",
-    "find_checkpoint",
-    "finish_save",
-    "load_checkpoint",
-    "open_checkpoint",
-    "require_free_space",
-    "require_same_result",
-    "save_checkpoint",
-    "save_error",
-    "saving",
-    "verify",
-    "write_json_atomic",
-    "write_tensors",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +57,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-<step>` and then delete all but the newest `keep` checkpoints of the same run.
 
-    `tensors`: file stem -> flat tensors by name ({"adapter": {...}, "optimizer": {...}}). `state`: JSON progress (seed,
-    epoch, sequences consumed, config, versions, world layout, `run_id`); `step` is added. One process calls this; the
-    others wait at a barrier of the caller. SaveError (an OSError) when the disk refuses: nothing earlier is lost.
+    `tensors`: file stem -> flat tensors by name ({"model": {...}, "optimizer": {...}}). `state`: JSON (`run_id`, the
+    config and its history, the number of processes, what `Progress` holds); `step` is added. One process calls this.
+    SaveError (an OSError) when the disk refuses: nothing earlier is lost.
     """
     with saving(folder, step, sum(map(num_bytes, tensors.values()))) as temporary:
         entries = {}
@@ -99,7 +79,7 @@ def save_error(final: Path, error: OSError) -> SaveError:
 
 
 @contextlib.contextmanager
-def saving(folder: Path, step: int, needed_bytes: int = 0) -> Iterator[Path]:
+def saving(folder: Path, step: int, needed_bytes: int) -> Iterator[Path]:
     """The temporary folder of one save; removed unless `finish_save` renames it. A refusing disk raises SaveError."""
     final = folder / f"step-{step:06d}"
     temporary = None
@@ -125,8 +105,7 @@ def finish_save(temporary: Path, step: int, entries: dict[str, FileEntry], state
 
     `entries`: file name -> manifest entry of every file that the ranks wrote and synced into `temporary`.
     """
-    if keep < 1:
-        raise ValueError(f"run.keep: at least one checkpoint has to stay, got {keep}; set it to 1 or more")
+    assert keep > 0, "the new one would go, too"
     text = json.dumps({**state, "step": step}, indent=1).encode()
     manifest = {
         "format": FORMAT,
@@ -279,8 +258,7 @@ def _problem(path: Path) -> str | None:
         return f"{MANIFEST} is of step {manifest['step']}: the folder was renamed"
     for name, entry in manifest["files"].items():
         try:
-            with open(path / name, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(path / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if digest != entry["sha256"]:

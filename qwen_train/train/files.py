@@ -98,6 +98,11 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def tensor_pieces(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time: never a second copy of all of them in memory.
 

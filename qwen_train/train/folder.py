@@ -336,12 +336,12 @@ def save(
     optimizer: Optimizer,
     config: SFTConfig,
     saver: Saver,
-    first: Callable[[], None],
+    before_write: Callable[[], None],
 ) -> None:
     """Begin a checkpoint of trained weights, optimizer state and progress; the loop waits for a copy of them alone.
 
-    All ranks call it; rank 0 writes, after `first()`. Of a model that is trained in full under FSDP2 each writes its
-    own share.
+    All ranks call it; rank 0 writes, after `before_write()`. Of a model that is trained in full under FSDP2 each writes
+    its own share.
     """
     parameters = trainable_parameters(model)
     state = {"run_id": folder.run_id, "world_size": run.world_size, "config": as_dict(config), **asdict(progress)}
@@ -352,11 +352,11 @@ def save(
         "optimizer": optimizer_state(optimizer, parameters.items()),
     }
     if run.sharded and not config.lora.enabled:
-        saver.save_shard(progress.step, run.own_shard(tensors), state, run, first)
+        saver.save_shard(progress.step, run.own_shard(tensors), state, run, before_write)
         return
     whole = {stem: run.whole(flat) for stem, flat in tensors.items()}
     if run.is_main:
-        saver.save(progress.step, whole, state, first)
+        saver.save(progress.step, whole, state, before_write)
 
 
 def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str) -> Progress:

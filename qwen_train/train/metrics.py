@@ -91,8 +91,8 @@ class Metrics:
         self,
         folder: Path,
         total_steps: int,
-        resume_step: int | None = None,
-        is_main: bool = True,
+        resume_step: int | None,
+        is_main: bool,
         console: Console | None = None,
     ) -> None:
         self.is_main = is_main

@@ -1,6 +1,7 @@
 """Parameter groups, optimizers and schedules. The learning rate is a closed form of the step: nothing to replay.
 
-A new optimizer is one builder in OPTIMIZERS, a new schedule one function in SCHEDULES.
+A new optimizer is one builder in OPTIMIZERS, a new schedule one function in SCHEDULES; the name of either goes into a
+Literal of OptimConfig in config.py, too.
 """
 
 import math
@@ -84,13 +85,11 @@ def param_groups(named_params: Iterable[tuple[str, Tensor]], weight_decay: float
     return [group for group in groups if group["params"]]
 
 
-class MasterWeights(Optimizer):
-    """AdamW for bf16 parameters and gradients, with fp32 masters and moments in its state: 16 bytes a parameter.
+class WithMasters(Optimizer):
+    """An optimizer whose updates go to fp32 masters of the bf16 parameters; fp32 parameters are their own masters.
 
-    At lr 2e-5 a bf16 weight of size 0.02 (spacing 1.2e-4) never moves by itself; the master does, and the parameter is
-    its rounding after every step. Gradients become fp32 ``chunk_elements`` at a time, so no second full copy of them
-    ever exists. They arrive in bf16, summed over micro-batches in bf16. fp32 parameters are their own masters. Masters
-    are taken from the parameters at the first step, or come with ``load_optimizer_state``.
+    Gradients become fp32 ``chunk_elements`` at a time, so no second full copy of them ever exists. Masters are taken
+    from the parameters at the first step, or come with ``load_optimizer_state``.
     """
 
     def __init__(
@@ -103,6 +102,28 @@ class MasterWeights(Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.chunk_elements = chunk_elements
+
+    def _state(self, param: Tensor) -> dict[str, Any]:
+        """The parameter's state; begun, with ``master`` as its last entry, where there is none."""
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            assert param.is_contiguous(), "a flat view must alias the parameter"
+            state.update(self._begun(param))
+            if param.dtype != torch.float32:
+                state["master"] = param.detach().to(torch.float32)
+        return state
+
+    def _begun(self, param: Tensor) -> dict[str, Any]:
+        """Count and moments before the first step."""
+        raise NotImplementedError
+
+
+class MasterWeights(WithMasters):
+    """AdamW for bf16 parameters and gradients, with fp32 masters and moments in its state: 16 bytes a parameter.
+
+    At lr 2e-5 a bf16 weight of size 0.02 (spacing 1.2e-4) never moves by itself; the master does, and the parameter is
+    its rounding after every step. Gradients arrive in bf16, summed over micro-batches in bf16.
+    """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -119,7 +140,7 @@ class MasterWeights(Optimizer):
                     exp_avg_sqs,
                     [],
                     steps,
-                    fused=_can_fuse(masters),
+                    fused=True,
                     amsgrad=False,
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],
@@ -156,25 +177,18 @@ class MasterWeights(Optimizer):
         if chunk:
             yield chunk
 
-    def _state(self, param: Tensor) -> dict[str, Tensor]:
-        state = self.state[param]
-        if not state:
-            assert param.is_contiguous(), "a flat view must alias the parameter"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
-            if param.dtype != torch.float32:
-                state["master"] = param.detach().to(torch.float32)
-        return state
+    def _begun(self, param: Tensor) -> dict[str, Any]:
+        moments = {name: torch.zeros_like(param, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), dtype=torch.float32, device=param.device), **moments}
 
 
-class MasterWeights8bit(Optimizer):
+class MasterWeights8bit(WithMasters):
     """AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861): 10 bytes a bf16 parameter.
 
     bitsandbytes' kernels, with fp32 masters for bf16 parameters as in MasterWeights: 2 bytes of weight, 2 of gradient,
-    4 of master, 2 of moments (and 8 bytes of scales a block of 256). fp32 parameters are their own masters. Tensors
-    below 4,096 elements keep fp32 moments, as in bitsandbytes. Entries of the state have its names; the two tables that
-    decode the moments are constants and no state.
+    4 of master, 2 of moments (and 8 bytes of scales a block of 256). Tensors below 4,096 elements keep fp32 moments, as
+    in bitsandbytes. Entries of the state have its names; the two tables that decode the moments are constants and no
+    state.
     """
 
     def __init__(
@@ -187,9 +201,8 @@ class MasterWeights8bit(Optimizer):
     ) -> None:
         import bitsandbytes.functional  # costs seconds, and only this optimizer needs it
 
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        super().__init__(groups, lr, betas, eps, chunk_elements)
         assert chunk_elements % BLOCK_8BIT == 0, "a scale belongs to one chunk"
-        self.chunk_elements = chunk_elements
         self._kernels = bitsandbytes.functional
         self._tables = [self._kernels.create_dynamic_map(signed) for signed in (True, False)]
 
@@ -250,28 +263,22 @@ class MasterWeights8bit(Optimizer):
         if master is not flat:
             flat.copy_(master)
 
-    def _state(self, param: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[param]
-        if not state:
-            assert param.is_contiguous(), "a flat view must alias the parameter"
-            dtype = torch.uint8 if param.numel() >= SMALLEST_8BIT else torch.float32
-            state["step"] = 0
-            for number in (1, 2):
-                state[f"state{number}"] = torch.zeros_like(param, dtype=dtype)
-                if dtype == torch.uint8:
-                    blocks = -(-param.numel() // BLOCK_8BIT)
-                    state[f"absmax{number}"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
-            if param.dtype != torch.float32:
-                state["master"] = param.detach().to(torch.float32)
+    def _begun(self, param: Tensor) -> dict[str, Any]:
+        dtype = torch.uint8 if param.numel() >= SMALLEST_8BIT else torch.float32
+        state: dict[str, Any] = {"step": 0}
+        for number in (1, 2):
+            state[f"state{number}"] = torch.zeros_like(param, dtype=dtype)
+            if dtype == torch.uint8:
+                blocks = -(-param.numel() // BLOCK_8BIT)
+                state[f"absmax{number}"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         return state
 
 
 def adamw(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
     """Fused AdamW with fp32 moments; bf16 parameters get fp32 masters."""
-    params = _params(groups)
-    if any(param.dtype != torch.float32 for param in params):
+    if any(param.dtype != torch.float32 for param in _params(groups)):
         return MasterWeights(groups, lr=config.lr, betas=config.betas)
-    return AdamW(groups, lr=config.lr, betas=config.betas, fused=_can_fuse(params))
+    return AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def adamw_8bit(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
@@ -291,10 +298,6 @@ def build_optimizer(named_params: Iterable[tuple[str, Tensor]], config: "OptimCo
 
 def _params(groups: ParamGroups) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
-
-
-def _can_fuse(params: list[Tensor]) -> bool:
-    return all(param.device.type in ("cpu", "cuda") for param in params)
 
 
 # ---- state as flat tensors, for checkpoints without pickle ----
@@ -342,7 +345,7 @@ def load_optimizer_state(
     for name, param in params.items():
         optimizer.state.pop(param, None)
         if entries[name].keys() != {STATELESS}:
-            optimizer.state[param] = {key: _restore(optimizer, param, key, v) for key, v in entries[name].items()}
+            optimizer.state[param] = {key: _restore(param, key, v) for key, v in entries[name].items()}
 
 
 def _optimized(optimizer: Optimizer, named_params: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -357,7 +360,7 @@ def _check_entries(optimizer: Optimizer, name: str, param: Tensor, entries: Mapp
     """Refuse the state of another kind of optimizer or of another shape."""
     names = ("state1", "state2") if isinstance(optimizer, MasterWeights8bit) else ("exp_avg", "exp_avg_sq")
     shapes = dict.fromkeys(names, param.shape)
-    if isinstance(optimizer, MasterWeights | MasterWeights8bit) and param.dtype != torch.float32:
+    if isinstance(optimizer, WithMasters) and param.dtype != torch.float32:
         shapes["master"] = param.shape
     if isinstance(optimizer, MasterWeights8bit) and param.numel() >= SMALLEST_8BIT:
         shapes |= dict.fromkeys(("absmax1", "absmax2"), torch.Size([-(-param.numel() // BLOCK_8BIT)]))
@@ -374,10 +377,8 @@ def _check_entries(optimizer: Optimizer, name: str, param: Tensor, entries: Mapp
             )
 
 
-def _restore(optimizer: Optimizer, param: Tensor, key: str, value: Tensor) -> Tensor | int:
+def _restore(param: Tensor, key: str, value: Tensor) -> Tensor | int:
     """A copy of one entry where the optimizer wants it."""
     if key == "step" and value.dtype == torch.int64:
         return int(value)  # bitsandbytes counts in Python
-    if key == "step" and isinstance(optimizer, AdamW) and not optimizer.defaults["fused"]:
-        return value.detach().to("cpu", copy=True)  # the plain implementation counts on the host
     return value.detach().to(param.device, copy=True)

@@ -8,7 +8,6 @@ Letters: S supervised tokens, N sequences of a batch (two a pair: 2i is chosen, 
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import replacing_folder, write_file, write_json_atomic, write_tensors
+from qwen_train.train.files import file_sha256, replacing_folder, write_file, write_json_atomic, write_tensors
 from qwen_train.train.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -94,10 +93,10 @@ class Reference:
         self.model: PackedLM = policy
         if self.source == "model":
             self.model = _second_model(config, tokenizer, run, base)
-        self.weights = ""
+        self.weights_digest = ""
         if self.source is not None and config.reference.precompute:
-            digest = self._weights_digest(run)
-            self.weights = run.from_main(lambda: digest)
+            digest = self._digest(run)
+            self.weights_digest = run.from_main(lambda: digest)
 
     @contextmanager
     def active(self) -> Iterator[PackedLM]:
@@ -124,7 +123,7 @@ class Reference:
             return self.logps
         parts = {
             "source": self.source,
-            "weights": self.weights,
+            "weights": self.weights_digest,
             "adapter": adapter_sha256(self.config.model.adapter or "") if self.source == "start_adapter" else None,
             "data": data.fingerprint,  # files, template, tokenizer, length policy
             "dtype": self.config.model.dtype,
@@ -186,7 +185,7 @@ class Reference:
         assert logps is not None
         return logps.view(-1, 2)
 
-    def _weights_digest(self, run: Run) -> str:
+    def _digest(self, run: Run) -> str:
         """Hash of every frozen weight of the reference, of which a sharded model has one whole at a time."""
         lm = self.model.lm
         named: dict[str, Tensor] = {name: value for name, value in lm.named_parameters() if not value.requires_grad}
@@ -239,8 +238,7 @@ def _read_table(cache: Path, num_rows: int) -> tuple[Tensor | None, str | None]:
         return None, None
     try:
         expected = json.loads((cache / "manifest.json").read_text())["sha256"]
-        with open(cache / "logps.safetensors", "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(cache / "logps.safetensors")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"it is damaged ({error})"
     if found != expected:

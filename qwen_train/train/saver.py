@@ -21,11 +21,14 @@ from torch import Tensor
 from qwen_train.config import SFTConfig
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.blocks import Shard, write_blocks
-from qwen_train.train.checkpoint import finish_save, require_free_space, save_checkpoint, save_error, saving
+from qwen_train.train.checkpoint import finish_save, save_checkpoint, save_error, saving
 from qwen_train.train.distributed import Interrupted, Run
-from qwen_train.train.files import FileEntry
+from qwen_train.train.files import FileEntry, require_free_space
 
 logger = logging.getLogger(__name__)
+
+Tensors = dict[str, dict[str, Tensor]]
+"""By file stem and name."""
 
 FREE_SHARE = 0.5
 """Share of the free memory that copies may take; a larger state is written from where it lies, and the loop waits."""
@@ -38,7 +41,7 @@ class Saver:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
-        self._copies: dict[str, dict[str, Tensor]] = {}
+        self._copies: Tensors = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._count = 0
@@ -60,59 +63,61 @@ class Saver:
     def save(
         self,
         step: int,
-        tensors: dict[str, dict[str, Tensor]],
+        tensors: Tensors,
         state: dict[str, Any],
-        first: Callable[[], None] | None = None,
+        before_write: Callable[[], None] | None = None,
     ) -> None:
         """Begin to write `step-<step>`, as `save_checkpoint` does; the tensors may change as soon as this returns.
 
-        `first` is called in the thread before anything is written. Raises SaveError if the save before this one failed.
+        `before_write` is called in the thread first. Raises SaveError if the save before this one failed.
         """
-        self.wait()
-        copy = _fits(tensors, self._copies)
-        if copy:
-            self._copies, ready = copied(tensors, self._copies)
 
-        def write() -> None:
-            if first is not None:
-                first()
-            if copy:
-                ready()
-            save_checkpoint(self.folder, step, self._copies if copy else tensors, state, self.keep)
+        def write(held: Tensors) -> None:
+            save_checkpoint(self.folder, step, held, state, self.keep)
 
-        if copy:
-            self._start(write)
-        else:
-            write()
+        self._write(tensors, write, before_write)
 
     def save_shard(
-        self, step: int, shard: Shard, state: dict[str, Any], run: Run, first: Callable[[], None] | None = None
+        self, step: int, shard: Shard, state: dict[str, Any], run: Run, before_write: Callable[[], None] | None = None
     ) -> None:
         """`save` on every rank of a sharded run: each writes its own files, rank 0 the rest (see `write_shard`)."""
-        self.wait()
         self._count += 1
         meeting = f"save-{self._count}"
-        tensors = {stem: {name: block.tensor for name, block in flat.items()} for stem, flat in shard.blocks.items()}
-        copy = _fits(tensors, self._copies, run.local_world_size)
-        if copy:
-            self._copies, ready = copied(tensors, self._copies)
+
+        def write(held: Tensors) -> None:
             blocks = {
-                stem: {name: replace(block, tensor=self._copies[stem][name]) for name, block in flat.items()}
+                stem: {name: replace(block, tensor=held[stem][name]) for name, block in flat.items()}
                 for stem, flat in shard.blocks.items()
             }
-            shard = replace(shard, blocks=blocks)
+            write_shard(self.folder, step, replace(shard, blocks=blocks), state, self.keep, run, meeting)
 
-        def write() -> None:
-            if first is not None:
-                first()
-            if copy:
-                ready()
-            write_shard(self.folder, step, shard, state, self.keep, run, meeting)
+        tensors = {stem: {name: block.tensor for name, block in flat.items()} for stem, flat in shard.blocks.items()}
+        self._write(tensors, write, before_write, run.local_world_size)
 
-        if copy:
-            self._start(write)
-        else:
-            write()
+    def _write(
+        self,
+        tensors: Tensors,
+        write: Callable[[Tensors], None],
+        before_write: Callable[[], None] | None,
+        num_processes: int = 1,
+    ) -> None:
+        """When the save before this one has ended: `write` with copies, in the thread; with the tensors, at once, where
+        copies leave `num_processes` on this machine too little memory."""
+        self.wait()
+        if not _fits(tensors, self._copies, num_processes):
+            if before_write is not None:
+                before_write()
+            write(tensors)
+            return
+        self._copies, ready = copied(tensors, self._copies)
+
+        def work() -> None:
+            if before_write is not None:
+                before_write()
+            ready()
+            write(self._copies)
+
+        self._start(work)
 
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -189,12 +194,12 @@ def _write_files(folder: Path, shard: Shard) -> tuple[dict[str, FileEntry], OSEr
     return entries, None
 
 
-def _fits(tensors: dict[str, dict[str, Tensor]], held: dict[str, dict[str, Tensor]], num_processes: int = 1) -> bool:
+def _fits(tensors: Tensors, held: Tensors, num_processes: int = 1) -> bool:
     """Whether copies, into the buffers of `held` where there are some, leave enough memory to all who make them."""
     return num_processes * (_buffer_bytes(tensors) - _buffer_bytes(held)) <= FREE_SHARE * available_memory()
 
 
-def _buffer_bytes(tensors: dict[str, dict[str, Tensor]]) -> int:
+def _buffer_bytes(tensors: Tensors) -> int:
     """Of copies in page-locked memory, which are rounded up to powers of two."""
     return sum(_power_of_two(tensor.nbytes) for flat in tensors.values() for tensor in flat.values())
 
@@ -237,15 +242,13 @@ def _state_bytes(parameter: Tensor, optimizer: str) -> int:
     return (2 if optimizer == "adamw_8bit" else 8) + (0 if parameter.dtype == torch.float32 else 4)
 
 
-def copied(
-    tensors: dict[str, dict[str, Tensor]], old: dict[str, dict[str, Tensor]]
-) -> tuple[dict[str, dict[str, Tensor]], Callable[[], None]]:
+def copied(tensors: Tensors, old: Tensors) -> tuple[Tensors, Callable[[], None]]:
     """Copies in (page-locked) host memory, in the buffers of `old` where they fit, and what waits until they are whole.
 
     Copies from a GPU run in its stream's order, before whatever the loop does next to the tensors, so the host need not
     wait for them here.
     """
-    copies: dict[str, dict[str, Tensor]] = {}
+    copies: Tensors = {}
     for stem, flat in tensors.items():
         copies[stem] = {}
         for name, tensor in flat.items():

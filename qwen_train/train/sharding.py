@@ -128,11 +128,20 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """This rank's shard of a tensor that every rank holds whole; the tensor itself if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return full
-    mesh, placements = like.device_mesh, like.placements
-    shape, offsets = compute_local_shape_and_global_offset(full.shape, mesh, placements)
-    places = tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))
-    local = full[places].clone()  # distribute_tensor of torch 2.11 would return a view, which keeps all of `full` alive
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+    # A copy: distribute_tensor of torch 2.11 would return a view, which keeps all of `full` alive.
+    return _as_shard(full[_window(like)].clone(), like)
+
+
+def _window(like: DTensor) -> tuple[slice, ...]:
+    """What of the whole tensor this rank holds."""
+    sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+
+
+def _as_shard(local: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def own_shard(tensors: Mapping[str, Mapping[str, Tensor]], is_main: bool) -> Shard:
@@ -144,9 +153,9 @@ def own_shard(tensors: Mapping[str, Mapping[str, Tensor]], is_main: bool) -> Sha
             total_bytes += tensor.numel() * tensor.element_size()
             if isinstance(tensor, DTensor):
                 index, count, is_first = _writer(tensor)
-                _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
                 if is_first and tensor.to_local().numel():
-                    blocks[stem][name] = Block(tensor.to_local(), tuple(tensor.shape), tuple(offsets))
+                    offsets = tuple(part.start for part in _window(tensor))
+                    blocks[stem][name] = Block(tensor.to_local(), tuple(tensor.shape), offsets)
             elif is_main:
                 blocks[stem][name] = Block(tensor, tuple(tensor.shape), (0,) * tensor.ndim)
     return Shard(index, count, blocks, total_bytes)
@@ -169,11 +178,7 @@ def read_like(reader: BlockReader, stem: str, name: str, like: Tensor | None) ->
     """A tensor of a checkpoint; where `like`, of its shape, is sharded, this rank's shard alone is read."""
     if not isinstance(like, DTensor) or reader.shape(stem, name) != tuple(like.shape):
         return reader.read(stem, name)
-    mesh, placements = like.device_mesh, like.placements
-    sizes, offsets = compute_local_shape_and_global_offset(like.shape, mesh, placements)
-    window = [slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)]
-    local = reader.read(stem, name, window)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return _as_shard(reader.read(stem, name, _window(like)), like)
 
 
 def gather(tensor: Tensor) -> Tensor:

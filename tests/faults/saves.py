@@ -10,7 +10,8 @@ import torch
 
 from qwen_train.train import checkpoint
 from qwen_train.train.blocks import Block, Shard
-from qwen_train.train.checkpoint import SaveError, clean_leftovers, find_checkpoint, load_checkpoint, save_checkpoint
+from qwen_train.train.checkpoint import SaveError, find_checkpoint, load_checkpoint, save_checkpoint
+from qwen_train.train.files import clean_leftovers
 from qwen_train.train.saver import Saver, write_shard
 
 Tensors = dict[str, dict[str, torch.Tensor]]

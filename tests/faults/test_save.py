@@ -16,14 +16,8 @@ from pathlib import Path
 import pytest
 
 from qwen_train.train import files
-from qwen_train.train.checkpoint import (
-    SaveError,
-    clean_leftovers,
-    find_checkpoint,
-    load_checkpoint,
-    require_free_space,
-    write_json_atomic,
-)
+from qwen_train.train.checkpoint import SaveError, find_checkpoint, load_checkpoint
+from qwen_train.train.files import clean_leftovers, require_free_space, write_json_atomic
 from tests.faults.saves import WAYS, assert_one_whole, assert_whole, empty, flip, names, save, truncate
 from tests.faulty_disk import FaultyDisk, PowerLoss, in_child, no_space
 
@@ -150,7 +144,8 @@ def test_a_disk_that_is_really_full(tmp_path):
         import sys, torch
         from pathlib import Path
         from qwen_train.train import files
-        from qwen_train.train.checkpoint import *
+        from qwen_train.train.checkpoint import SaveError, find_checkpoint, save_checkpoint
+        from qwen_train.train.files import require_free_space
         from qwen_train.train.saver import Saver
         folder = Path(sys.argv[1])
         save_checkpoint(folder, 1, {"adapter": {"x": torch.ones(1000)}}, {}, 2)

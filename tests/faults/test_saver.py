@@ -142,7 +142,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "disk", Listening())
         with Saver(tmp_path, keep=1) as saving:
-            saving.save(1, tensors(), STATE, first=lambda: order.append("log"))
+            saving.save(1, tensors(), STATE, before_write=lambda: order.append("log"))
     assert order == ["log", "step-000001"]
 
 

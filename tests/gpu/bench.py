@@ -239,7 +239,7 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
     marks: list[list[float]] = []
     clocks = Clocks()
     start = before = time.perf_counter()
-    for step, microbatches in prefetch(stream, range(case["steps"]), 4, pin_memory=True):
+    for step, microbatches in prefetch(stream, range(case["steps"]), 4):
         waited.append(time.perf_counter() - before)
         if cuda and step == case["warm"]:
             clocks.start()
@@ -303,7 +303,7 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
         **(clocks.means() if clocks.samples else {}),
     }
     if case["profile"] and cuda:
-        _, microbatches = next(iter(prefetch(stream, range(1, 2), 0, pin_memory=True)))
+        _, microbatches = next(iter(prefetch(stream, range(1, 2), 0)))
         activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
             for batch in run.accumulate(microbatches, 0):

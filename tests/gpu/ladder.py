@@ -253,7 +253,7 @@ def scores(args: argparse.Namespace, run: Run, quantization: str) -> torch.Tenso
     config = bench.make_config(case, args)
     bench.take_out(set())
     model = load_model(config, load_tokenizer(config.model), run.device, Path("/nonexistent"), is_main=False)
-    _, microbatches = next(iter(prefetch(bench.make_stream(config, case), range(1), 0, pin_memory=False)))
+    _, microbatches = next(iter(prefetch(bench.make_stream(config, case), range(1), 0)))
     with torch.no_grad():
         return model(microbatches.batches[0].to(run.device)).logps
 
