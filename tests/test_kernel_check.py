@@ -23,14 +23,14 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def off(name: str):
         def call(*arguments):
             with monkeypatch.context() as patch:
-                patch.setattr(kernels, "on_gpu", lambda x: False)
+                patch.setattr(kernels, "use_kernels", lambda x: False)
                 return torch_forms[name](*arguments)
 
         return call
 
     for name in NAMES:
         monkeypatch.setattr(kernels, name, off(name))
-    monkeypatch.setattr(kernels, "on_gpu", lambda x: not kernels._OFF)
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: not kernels._OFF)
     monkeypatch.setattr(kernels, "score_logits", score_like_torch)
 
 
@@ -70,17 +70,17 @@ def test_a_bad_kernel_is_named_and_all_are_turned_off(
     (warning,) = check()
     assert warning.startswith(f"kernels: {name.replace('_backward', '')}") and "\n" not in warning
     assert ("RuntimeError: out of resource" in warning) is (how == "fails")
-    assert not kernels.on_gpu(torch.empty(0))
+    assert not kernels.use_kernels(torch.empty(0))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_good_kernels_stay(monkeypatch: pytest.MonkeyPatch, as_if_on_a_gpu: None, name: str):
     monkeypatch.setattr(kernels, name, spoiled(getattr(kernels, name), "rounding"))
-    assert check() == [] and kernels.on_gpu(torch.empty(0))
+    assert check() == [] and kernels.use_kernels(torch.empty(0))
 
 
 def test_without_a_gpu_there_is_nothing_to_check():
-    assert not kernels.on_gpu(torch.empty(0)) and check() == []
+    assert not kernels.use_kernels(torch.empty(0)) and check() == []
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
@@ -102,4 +102,4 @@ def test_on_a_gpu(quantization: str):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_kernels(shape, quantization, 64, torch.device("cuda"))
-    assert kernels.on_gpu(torch.empty(0, device="cuda"))
+    assert kernels.use_kernels(torch.empty(0, device="cuda"))

@@ -48,7 +48,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Where the kernels run; on the CPU everything that asks is told that it is a GPU's tensor."""
     if request.param == "cpu":
         for module in (kernels, frozen, logprobs):
-            monkeypatch.setattr(module, "on_gpu", lambda x: not kernels._OFF)
+            monkeypatch.setattr(module, "use_kernels", lambda x: not kernels._OFF)
         mend_interpreter(monkeypatch)
     return str(request.param)
 
@@ -148,14 +148,14 @@ def test_score_logits(device: str, vocabulary: int):
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (7, 320), (33, 64)])
-def test_nf4_is_written_out_as_bitsandbytes_does(device: str, shape: tuple[int, int]):
+def test_nf4_is_dense_weight_as_bitsandbytes_does(device: str, shape: tuple[int, int]):
     import bitsandbytes as bnb
 
     weight = (draw("cpu", torch.float32, *shape) * torch.linspace(0.1, 1, shape[0])[:, None]).to(torch.bfloat16)
     packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
     packed = packed._quantize(device)
     out = torch.full(shape, float("nan"), device=device, dtype=torch.bfloat16)
-    kernels.write_out_nf4(*nf4_tensors(packed), out)
+    kernels.dequantize_nf4(*nf4_tensors(packed), out)
     assert torch.equal(out, bnb.functional.dequantize_4bit(packed, packed.quant_state))
 
 
@@ -226,8 +226,8 @@ def test_they_compile(capability: int, tmp_path: Path):
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    all_kernels = {name for name, value in vars(kernels).items() if isinstance(value, kernels.triton.KernelInterface)}
-    assert {row["kernel"] for row in rows} == all_kernels - ({"_round_rows_kernel"} if capability < 89 else set())
+    all_kernels = {name for name in vars(kernels.triton_kernels) if name.endswith("_kernel")}
+    assert {row["kernel"] for row in rows} == all_kernels - ({"round_rows_kernel"} if capability < 89 else set())
     assert [row for row in rows if row["spilt"] or row["shared"] > 48 * 1024] == []
 
 

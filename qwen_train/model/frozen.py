@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_train.model.kernels import on_gpu, round_rows, write_out_nf4
+from qwen_train.model.kernels import dequantize_nf4, round_rows, use_kernels
 
 NF4_TENSORS = 5
 NF4_BLOCK = 64
@@ -40,7 +40,7 @@ def forward_product(x: Tensor, frozen: Sequence[Tensor], kind: str, bias: Tensor
         for part, weight in zip(y.split([weight.shape[0] for weight in frozen], dim=1), frozen, strict=True):
             torch.mm(x, weight.T, out=part)
         return y if bias is None else y.add_(bias)
-    return F.linear(x, written_out(x, frozen, kind), bias)
+    return F.linear(x, dense_weight(x, frozen, kind), bias)
 
 
 def backward_product(grad: Tensor, frozen: Sequence[Tensor], kind: str, in_features: int) -> Tensor:
@@ -55,10 +55,10 @@ def backward_product(grad: Tensor, frozen: Sequence[Tensor], kind: str, in_featu
         for part, weight in zip(grad.split([weight.shape[0] for weight in frozen], dim=1), frozen, strict=True):
             grad_x.addmm_(part, weight)
         return grad_x
-    return grad @ written_out(grad, frozen, kind, in_features)
+    return grad @ dense_weight(grad, frozen, kind, in_features)
 
 
-def written_out(like: Tensor, frozen: Sequence[Tensor], kind: str, in_features: int | None = None) -> Tensor:
+def dense_weight(like: Tensor, frozen: Sequence[Tensor], kind: str, in_features: int | None = None) -> Tensor:
     """The group's weight [O, I] in `like`'s dtype."""
     if kind == "dense":
         return frozen[0]
@@ -69,8 +69,8 @@ def written_out(like: Tensor, frozen: Sequence[Tensor], kind: str, in_features: 
         packed, absmax, absmax_scales, absmax_code, offset = frozen[index : index + NF4_TENSORS]
         rows = packed.numel() * 2 // width
         part = weight[start : start + rows]
-        if on_gpu(packed):
-            write_out_nf4(packed, absmax, absmax_scales, absmax_code, offset, part)
+        if use_kernels(packed):
+            dequantize_nf4(packed, absmax, absmax_scales, absmax_code, offset, part)
         else:
             ops = torch.ops.bitsandbytes
             scales = ops.dequantize_blockwise.default(absmax, absmax_scales, absmax_code, 256, torch.float32) + offset

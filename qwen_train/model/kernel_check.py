@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen_train.model import kernels
-from qwen_train.model.frozen import fp8_product, quantize_fp8, written_out
+from qwen_train.model.frozen import dense_weight, fp8_product, quantize_fp8
 from qwen_train.model.logprobs import chunk_scores
 
 ROWS = 67
@@ -26,7 +26,7 @@ Check = tuple[str, Callable[[], Any]]
 
 def check_kernels(model_config: Any, quantization: str, rank: int, device: torch.device) -> None:
     """Turn the kernels off, with a warning of one line, if any of them fails or gives other values than torch."""
-    if not kernels.on_gpu(torch.empty(0, device=device)):
+    if not kernels.use_kernels(torch.empty(0, device=device)):
         return
     with torch.no_grad():
         for name, run in _checks(model_config, quantization, rank, device):
@@ -92,7 +92,7 @@ def _checks(config: Any, quantization: str, rank: int, device: torch.device) -> 
 
     def score() -> tuple[Tensor, ...]:
         logits = draw(ROWS, vocabulary, scale=3.0, dtype=torch.float32)
-        scorer = kernels.score_logits if kernels.on_gpu(logits) else chunk_scores
+        scorer = kernels.score_logits if kernels.use_kernels(logits) else chunk_scores
         scores = scorer(logits, targets, torch.bfloat16)
         assert scores.residual is not None
         return scores.logps, scores.is_argmax, scores.logsumexp, scores.miss, scores.residual
@@ -106,4 +106,4 @@ def _checks(config: Any, quantization: str, rank: int, device: torch.device) -> 
 
         packed, state = quantize_4bit(draw(features, hidden, scale=0.02), quant_type="nf4", compress_statistics=True)
         frozen = [packed, state.absmax, state.state2.absmax, state.state2.code, state.offset]
-        yield "write_out_nf4", lambda: written_out(x, frozen, "nf4")
+        yield "dequantize_nf4", lambda: dense_weight(x, frozen, "nf4")

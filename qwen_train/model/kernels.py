@@ -40,7 +40,8 @@ TILE = (64, 64, 4)
 
 try:
     import triton
-    import triton.language as tl
+
+    from qwen_train.model import triton_kernels
 except ImportError:  # the CPU builds of torch come without it
     triton = None
 
@@ -48,8 +49,8 @@ except ImportError:  # the CPU builds of torch come without it
 _OFF = False
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether the kernels take it; tests without a GPU run them in Triton's interpreter."""
+def use_kernels(x: Tensor) -> bool:
+    """Whether the kernels take x, and plain torch does not; tests without a GPU run them in Triton's interpreter."""
     return triton is not None and x.is_cuda and not _OFF
 
 
@@ -78,7 +79,7 @@ def round_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`round_rows_reference`, in one pass on a GPU."""
-    if not on_gpu(x):
+    if not use_kernels(x):
         return round_rows_reference(x)
     rows, columns = x.shape
     x = x.contiguous()
@@ -88,20 +89,20 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         return values, scale
     whole = columns <= LONGEST_ROW
     block = triton.next_power_of_2(columns) if whole else LONG_ROW_BLOCK
-    warps = min(16, max(4, block // 512)) if whole else 8
-    _round_rows_kernel[(rows,)](x, values, scale, columns, FP8_MAX, block, whole, num_warps=warps)
+    warps = _warps(block) if whole else 8
+    triton_kernels.round_rows_kernel[(rows,)](x, values, scale, columns, FP8_MAX, block, whole, num_warps=warps)
     return values, scale
 
 
-def write_out_nf4(
+def dequantize_nf4(
     packed: Tensor, absmax: Tensor, absmax_scales: Tensor, absmax_code: Tensor, offset: Tensor, out: Tensor
 ) -> None:
-    """Write a doubly quantised NF4 weight, as bitsandbytes packs it, to `out`; bit for bit what it writes itself.
+    """Dequantise a doubly quantised NF4 weight, as bitsandbytes packs it, into `out`; bit for bit what it does itself.
 
     Its own kernels for the scales and the values, three a weight, reach a third of the memory's speed. GPU only.
     """
     num_bytes = packed.numel()
-    _write_out_nf4_kernel[(triton.cdiv(num_bytes, 32 * 64),)](
+    triton_kernels.dequantize_nf4_kernel[(triton.cdiv(num_bytes, 32 * 64),)](
         packed, absmax, absmax_scales, absmax_code, offset, _nf4_values(out.device), out, num_bytes, 64,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -119,7 +120,7 @@ def swiglu(gate_up: Tensor, low: Tensor | None = None, b: Tensor | None = None, 
     columns of low make gate's, is first added to `gate_up` in place.
     """
     rows, features = gate_up.shape[0], gate_up.shape[1] // 2
-    if not on_gpu(gate_up):
+    if not use_kernels(gate_up):
         gate, up = gate_up.split(features, dim=1)
         if low is not None:
             assert b is not None
@@ -130,12 +131,12 @@ def swiglu(gate_up: Tensor, low: Tensor | None = None, b: Tensor | None = None, 
     if rows == 0:
         return out
     if low is None:
-        _swiglu_kernel[rows, triton.cdiv(features, 1024)](gate_up, out, features, 1024)
+        triton_kernels.swiglu_kernel[rows, triton.cdiv(features, 1024)](gate_up, out, features, 1024)
         return out
     assert b is not None
     block_t, block_f, warps = TILE
     ranks = rank, low.shape[1] - rank
-    _swiglu_low_kernel[triton.cdiv(features, block_f), triton.cdiv(rows, block_t)](
+    triton_kernels.swiglu_low_kernel[triton.cdiv(features, block_f), triton.cdiv(rows, block_t)](
         gate_up, low, b, out, rows, features, low.stride(0), b.shape[1], *ranks,
         _padded(max(ranks)), block_t, block_f, num_warps=warps,
     )  # fmt: skip
@@ -148,7 +149,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, grad_low: Tensor | None = Non
     With grad_low[T, R] and a[R, F], the adapter of the projection that follows: grad_low @ a is first added to `grad`.
     """
     rows, features = grad.shape
-    if not on_gpu(grad):
+    if not use_kernels(grad):
         if grad_low is not None:
             assert a is not None
             grad = torch.addmm(grad, grad_low, a)
@@ -160,16 +161,21 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, grad_low: Tensor | None = Non
     if rows == 0:
         return out
     if grad_low is None:
-        _swiglu_backward_kernel[rows, triton.cdiv(features, 1024)](grad, gate_up, out, features, 1024)
+        triton_kernels.swiglu_backward_kernel[rows, triton.cdiv(features, 1024)](grad, gate_up, out, features, 1024)
         return out
     assert a is not None
     block_t, block_f, warps = TILE
     rank = grad_low.shape[1]
-    _swiglu_low_backward_kernel[triton.cdiv(features, block_f), triton.cdiv(rows, block_t)](
+    triton_kernels.swiglu_low_backward_kernel[triton.cdiv(features, block_f), triton.cdiv(rows, block_t)](
         grad, gate_up, grad_low, a, out, rows, features, grad_low.stride(0), rank,
         _padded(rank), block_t, block_f, num_warps=warps,
     )  # fmt: skip
     return out
+
+
+def _warps(block: int) -> int:
+    """Warps of a program that takes `block` columns of a row at once."""
+    return min(16, max(4, block // 512))
 
 
 def _padded(rank: int) -> int:
@@ -185,7 +191,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: 
     """
     rows, head_dim = cos.shape
     q, k, v = (qkv.new_empty(rows, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
-    if not on_gpu(qkv):
+    if not use_kernels(qkv):
         parts = qkv.view(rows, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         q.copy_(_rotated(parts[0], cos, sin))
         k.copy_(_rotated(parts[1], cos, sin))
@@ -193,7 +199,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: 
     elif rows:
         block = triton.next_power_of_2(num_heads + num_kv_heads), triton.next_power_of_2(head_dim // 2)
         kv_block = triton.next_power_of_2(num_kv_heads)
-        _rotary_kernel[(rows,)](
+        triton_kernels.rotary_kernel[(rows,)](
             qkv, q, k, v, cos, sin, qkv.stride(0), num_heads, num_kv_heads, head_dim // 2, *block, kv_block
         )
     return q, k, v
@@ -220,7 +226,7 @@ def rotary_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor,
     rows, num_heads, head_dim = grad_q.shape
     num_kv_heads = grad_k.shape[1]
     out = grad_q.new_empty(rows, (num_heads + 2 * num_kv_heads) * head_dim)
-    if not on_gpu(grad_q):
+    if not use_kernels(grad_q):
         parts = out.view(rows, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         for part, grad in zip(parts, (grad_q, grad_k), strict=False):
             first, second = (grad * sin[:, None]).chunk(2, dim=-1)
@@ -229,7 +235,7 @@ def rotary_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor,
     elif rows:
         block = triton.next_power_of_2(num_heads + num_kv_heads), triton.next_power_of_2(head_dim // 2)
         kv_block = triton.next_power_of_2(num_kv_heads)
-        _rotary_backward_kernel[(rows,)](
+        triton_kernels.rotary_backward_kernel[(rows,)](
             grad_q, grad_k, grad_v, out, cos, sin, num_heads, num_kv_heads, head_dim // 2, *block, kv_block
         )
     return out
@@ -280,9 +286,11 @@ def score_logits(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | 
     is_argmax = logits.new_empty(rows, dtype=torch.bool)
     residual = None if residual_dtype is None else torch.empty_like(logits, dtype=residual_dtype)
     if rows:
-        _score_logits_kernel[(rows,)](logits, targets, logps, is_argmax, logsumexp, miss, vocabulary, 4096, num_warps=8)
+        triton_kernels.score_logits_kernel[(rows,)](
+            logits, targets, logps, is_argmax, logsumexp, miss, vocabulary, 4096, num_warps=8
+        )
         if residual is not None:
-            _residual_kernel[rows, triton.cdiv(vocabulary, 4096)](
+            triton_kernels.residual_kernel[rows, triton.cdiv(vocabulary, 4096)](
                 logits, targets, logsumexp, miss, residual, vocabulary, 4096, num_warps=8
             )
     return ChunkScores(logps, is_argmax, logsumexp, miss, residual)
@@ -291,7 +299,7 @@ def score_logits(logits: Tensor, targets: Tensor, residual_dtype: torch.dtype | 
 @torch.library.custom_op("qwen_train::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x[T, M], frozen weight[M] -> x / rms(x) * weight [T, M], rounded as in transformers; 1 / rms(x), fp32 [T]."""
-    if not on_gpu(x):
+    if not use_kernels(x):
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(dim=1) + eps)
         return weight * (wide * scale[:, None]).to(x.dtype), scale
@@ -300,7 +308,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if rows == 0:
         return out, scale
     block = triton.next_power_of_2(columns)
-    _rms_norm_kernel[(rows,)](x, weight, out, scale, columns, eps, block, num_warps=min(16, max(4, block // 512)))
+    triton_kernels.rms_norm_kernel[(rows,)](x, weight, out, scale, columns, eps, block, num_warps=_warps(block))
     return out, scale
 
 
@@ -312,15 +320,16 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("qwen_train::rms_norm_backward", mutates_args=())
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """grad[T, M] -> gradient of x[T, M]."""
-    if not on_gpu(x):
+    if not use_kernels(x):
         return _rms_norm_gradient(grad, x, weight, scale)
     rows, columns = x.shape
     out = torch.empty_like(x)
     if rows == 0:
         return out
     block = triton.next_power_of_2(columns)
-    warps = min(16, max(4, block // 512))
-    _rms_norm_backward_kernel[(rows,)](grad, x, weight, scale, out, columns, block, num_warps=warps)
+    triton_kernels.rms_norm_backward_kernel[(rows,)](
+        grad, x, weight, scale, out, columns, block, num_warps=_warps(block)
+    )
     return out
 
 
@@ -346,252 +355,3 @@ def _backward_norm(ctx: Any, grad: Tensor, _grad_scale: Tensor | None) -> tuple[
 
 
 rms_norm.register_autograd(_backward_norm, setup_context=_save_norm)
-
-
-if triton is not None:
-
-    @triton.jit
-    def _round_rows_kernel(x, values, scale, columns, largest, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # noqa: N803
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        if WHOLE:
-            mask = column < columns
-            data = tl.load(x + row * columns + column, mask=mask, other=0.0).to(tl.float32)
-            factor = tl.maximum(tl.max(tl.abs(data), axis=0), 1e-12) / largest
-            tl.store(values + row * columns + column, (data / factor).to(tl.float8e4nv), mask=mask)
-        else:
-            most = tl.zeros([BLOCK], dtype=tl.float32)
-            for start in range(0, columns, BLOCK):
-                mask = start + column < columns
-                data = tl.load(x + row * columns + start + column, mask=mask, other=0.0).to(tl.float32)
-                most = tl.maximum(most, tl.abs(data))
-            factor = tl.maximum(tl.max(most, axis=0), 1e-12) / largest
-            for start in range(0, columns, BLOCK):
-                mask = start + column < columns
-                data = tl.load(x + row * columns + start + column, mask=mask, other=0.0).to(tl.float32)
-                tl.store(values + row * columns + start + column, (data / factor).to(tl.float8e4nv), mask=mask)
-        tl.store(scale + row, factor)
-
-    @triton.jit
-    def _write_out_nf4_kernel(packed, absmax, scales, code, offset, values, out, num_bytes, BLOCKS: tl.constexpr):  # noqa: N803
-        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # of 32 bytes, 64 values
-        inside = block * 32 < num_bytes
-        index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(code + index) * tl.load(scales + block // 256, mask=inside, other=0.0) + tl.load(offset)
-        place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-        byte = tl.load(packed + place, mask=place < num_bytes, other=0).to(tl.int32)
-        first = tl.load(values + (byte >> 4)) * scale[:, None]
-        second = tl.load(values + (byte & 15)) * scale[:, None]
-        place = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-        both = tl.interleave(first, second).to(out.dtype.element_ty)
-        tl.store(out + place, both, mask=place < 2 * num_bytes)
-
-    @triton.jit
-    def _swiglu_kernel(gate_up, out, features, BLOCK: tl.constexpr):  # noqa: N803
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = column < features
-        gate = tl.load(gate_up + row * 2 * features + column, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gate_up + row * 2 * features + features + column, mask=mask, other=0.0).to(tl.float32)
-        silu = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-        tl.store(out + row * features + column, (silu * up).to(out.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _swiglu_backward_kernel(grad, gate_up, out, features, BLOCK: tl.constexpr):  # noqa: N803
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = column < features
-        g = tl.load(grad + row * features + column, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(gate_up + row * 2 * features + column, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gate_up + row * 2 * features + features + column, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        grad_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
-        tl.store(out + row * 2 * features + column, grad_gate.to(out.dtype.element_ty), mask=mask)
-        grad_up = g * gate * sigmoid
-        tl.store(out + row * 2 * features + features + column, grad_up.to(out.dtype.element_ty), mask=mask)
-
-    @triton.jit(do_not_specialize=["rows"])  # the number of tokens would compile it anew in the midst of a run
-    def _swiglu_low_kernel(
-        gate_up, low, b, out, rows, features, low_stride, b_width, gate_rank, up_rank,
-        RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,  # noqa: N803
-    ):  # fmt: skip
-        column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-        row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-        inner = tl.arange(0, RANK)
-        in_rows, in_columns = (row < rows)[:, None], (column < features)[None, :]
-        mask = in_rows & in_columns
-        kind = out.dtype.element_ty
-        place = gate_up + row[:, None] * 2 * features + column[None, :]
-        gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(place + features, mask=mask, other=0.0).to(tl.float32)
-
-        left = low + row[:, None] * low_stride + inner[None, :]
-        right = b + column[None, :].to(tl.int64) * b_width + inner[:, None]
-        small = tl.load(left, mask=in_rows & (inner < gate_rank)[None, :], other=0.0)
-        wide = tl.load(right, mask=in_columns & (inner < gate_rank)[:, None], other=0.0)
-        gate = (gate + tl.dot(small, wide, input_precision="ieee")).to(kind)
-        tl.store(place, gate, mask=mask)
-        small = tl.load(left + gate_rank, mask=in_rows & (inner < up_rank)[None, :], other=0.0)
-        wide = tl.load(right + features * b_width, mask=in_columns & (inner < up_rank)[:, None], other=0.0)
-        up = (up + tl.dot(small, wide, input_precision="ieee")).to(kind)
-        tl.store(place + features, up, mask=mask)
-
-        gate = gate.to(tl.float32)
-        silu = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32)
-        tl.store(out + row[:, None] * features + column[None, :], (silu * up.to(tl.float32)).to(kind), mask=mask)
-
-    @triton.jit(do_not_specialize=["rows"])
-    def _swiglu_low_backward_kernel(
-        grad, gate_up, grad_low, a, out, rows, features, low_stride, rank,
-        RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,  # noqa: N803
-    ):  # fmt: skip
-        column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-        row = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-        inner = tl.arange(0, RANK)
-        in_rows, in_columns = (row < rows)[:, None], (column < features)[None, :]
-        mask = in_rows & in_columns
-        kind = out.dtype.element_ty
-        place = row[:, None] * 2 * features + column[None, :]
-        g = tl.load(grad + row[:, None] * features + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(gate_up + place, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gate_up + place + features, mask=mask, other=0.0).to(tl.float32)
-
-        small = tl.load(
-            grad_low + row[:, None] * low_stride + inner[None, :], mask=in_rows & (inner < rank)[None, :], other=0.0
-        )
-        wide = tl.load(
-            a + inner[:, None] * features + column[None, :], mask=in_columns & (inner < rank)[:, None], other=0.0
-        )
-        g = (g + tl.dot(small, wide, input_precision="ieee")).to(kind).to(tl.float32)
-
-        sigmoid = tl.sigmoid(gate)
-        tl.store(out + place, (g * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind), mask=mask)
-        tl.store(out + place + features, (g * gate * sigmoid).to(kind), mask=mask)
-
-    @triton.jit
-    def _rotary_kernel(
-        qkv, q, k, v, cos, sin, stride, num_heads, num_kv_heads, half,
-        HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr,  # noqa: N803
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-        inside = place < half
-        mask = (head < num_heads + num_kv_heads) & inside
-        kind = q.dtype.element_ty
-        offset = head * 2 * half + place
-        first = tl.load(qkv + row * stride + offset, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(qkv + row * stride + offset + half, mask=mask, other=0.0).to(tl.float32)
-        table = row * 2 * half + place
-        cos_first = tl.load(cos + table, mask=inside, other=0.0).to(tl.float32)
-        cos_second = tl.load(cos + table + half, mask=inside, other=0.0).to(tl.float32)
-        sin_first = tl.load(sin + table, mask=inside, other=0.0).to(tl.float32)
-        sin_second = tl.load(sin + table + half, mask=inside, other=0.0).to(tl.float32)
-        turned = (first * cos_first).to(kind).to(tl.float32) - (second * sin_first).to(kind).to(tl.float32)
-        other = (second * cos_second).to(kind).to(tl.float32) + (first * sin_second).to(kind).to(tl.float32)
-        is_q, is_k = mask & (head < num_heads), mask & (head >= num_heads)
-        to_q = q + row * num_heads * 2 * half + offset
-        to_k = k + row * num_kv_heads * 2 * half + offset - num_heads * 2 * half
-        tl.store(to_q, turned.to(kind), mask=is_q)
-        tl.store(to_q + half, other.to(kind), mask=is_q)
-        tl.store(to_k, turned.to(kind), mask=is_k)
-        tl.store(to_k + half, other.to(kind), mask=is_k)
-        value = tl.arange(0, KV_HEADS)[:, None] * 2 * half + place
-        mask = (tl.arange(0, KV_HEADS)[:, None] < num_kv_heads) & inside
-        source = qkv + row * stride + (num_heads + num_kv_heads) * 2 * half + value
-        target = v + row * num_kv_heads * 2 * half + value
-        tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
-        tl.store(target + half, tl.load(source + half, mask=mask, other=0.0), mask=mask)
-
-    @triton.jit
-    def _rotary_backward_kernel(
-        grad_q, grad_k, grad_v, out, cos, sin, num_heads, num_kv_heads, half,
-        HEADS: tl.constexpr, HALF: tl.constexpr, KV_HEADS: tl.constexpr,  # noqa: N803
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-        inside = place < half
-        mask = (head < num_heads + num_kv_heads) & inside
-        kind = out.dtype.element_ty
-        offset = head * 2 * half + place
-        is_q, is_k = mask & (head < num_heads), mask & (head >= num_heads)
-        from_q = grad_q + row * num_heads * 2 * half + offset
-        from_k = grad_k + row * num_kv_heads * 2 * half + offset - num_heads * 2 * half
-        first = tl.load(from_q, mask=is_q, other=0.0) + tl.load(from_k, mask=is_k, other=0.0)  # one of them is 0
-        second = tl.load(from_q + half, mask=is_q, other=0.0) + tl.load(from_k + half, mask=is_k, other=0.0)
-        first, second = first.to(tl.float32), second.to(tl.float32)
-        table = row * 2 * half + place
-        cos_first = tl.load(cos + table, mask=inside, other=0.0).to(tl.float32)
-        cos_second = tl.load(cos + table + half, mask=inside, other=0.0).to(tl.float32)
-        sin_first = tl.load(sin + table, mask=inside, other=0.0).to(tl.float32)
-        sin_second = tl.load(sin + table + half, mask=inside, other=0.0).to(tl.float32)
-        turned = (first * cos_first).to(kind).to(tl.float32) + (second * sin_second).to(kind).to(tl.float32)
-        other = (second * cos_second).to(kind).to(tl.float32) - (first * sin_first).to(kind).to(tl.float32)
-        width = (num_heads + 2 * num_kv_heads) * 2 * half
-        tl.store(out + row * width + offset, turned.to(kind), mask=mask)
-        tl.store(out + row * width + offset + half, other.to(kind), mask=mask)
-        value = tl.arange(0, KV_HEADS)[:, None] * 2 * half + place
-        mask = (tl.arange(0, KV_HEADS)[:, None] < num_kv_heads) & inside
-        source = grad_v + row * num_kv_heads * 2 * half + value
-        target = out + row * width + (num_heads + num_kv_heads) * 2 * half + value
-        tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
-        tl.store(target + half, tl.load(source + half, mask=mask, other=0.0), mask=mask)
-
-    @triton.jit
-    def _score_logits_kernel(
-        logits, targets, logps, is_argmax, logsumexp, miss, vocabulary, BLOCK: tl.constexpr,  # noqa: N803
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        target = tl.load(targets + row)
-        target_logit = tl.load(logits + row * vocabulary + target)
-        # Each lane keeps a maximum of its own, and the sum of the others' exponentials relative to it.
-        most = tl.full([BLOCK], -1e38, dtype=tl.float32)
-        others = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, vocabulary, BLOCK):
-            place = start + column
-            data = tl.load(logits + row * vocabulary + place, mask=place < vocabulary, other=-float("inf"))
-            new = tl.maximum(most, data)
-            others = others * tl.exp(most - new) + tl.where(place == target, 0.0, tl.exp(data - new))
-            most = new
-        maximum = tl.max(most, axis=0)
-        sum_others = tl.sum(others * tl.exp(most - maximum), axis=0)
-        total = sum_others + tl.exp(target_logit - maximum)
-        log_total = tl.log(total)
-        tl.store(logps + row, target_logit - maximum - log_total)
-        tl.store(is_argmax + row, target_logit >= maximum)
-        tl.store(logsumexp + row, maximum + log_total)
-        tl.store(miss + row, sum_others / total)
-
-    @triton.jit
-    def _residual_kernel(logits, targets, logsumexp, miss, residual, vocabulary, BLOCK: tl.constexpr):  # noqa: N803
-        row = tl.program_id(0).to(tl.int64)
-        place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = place < vocabulary
-        data = tl.load(logits + row * vocabulary + place, mask=mask, other=0.0)
-        others = -tl.exp(data - tl.load(logsumexp + row))
-        value = tl.where(place == tl.load(targets + row), tl.load(miss + row), others)
-        tl.store(residual + row * vocabulary + place, value.to(residual.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _rms_norm_kernel(x, weight, out, scale, columns, eps, BLOCK: tl.constexpr):  # noqa: N803
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        mask = column < columns
-        data = tl.load(x + row * columns + column, mask=mask, other=0.0).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(data * data, axis=0) / columns + eps)
-        unit = (data * factor).to(out.dtype.element_ty).to(tl.float32)
-        gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + row * columns + column, (unit * gain).to(out.dtype.element_ty), mask=mask)
-        tl.store(scale + row, factor)
-
-    @triton.jit
-    def _rms_norm_backward_kernel(grad, x, weight, scale, out, columns, BLOCK: tl.constexpr):  # noqa: N803
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        mask = column < columns
-        factor = tl.load(scale + row)
-        unit = tl.load(x + row * columns + column, mask=mask, other=0.0).to(tl.float32) * factor
-        gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-        inner = tl.load(grad + row * columns + column, mask=mask, other=0.0).to(tl.float32) * gain
-        mean = tl.sum(inner * unit, axis=0) / columns
-        tl.store(out + row * columns + column, (factor * (inner - unit * mean)).to(out.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen_train.model.compile import Fallback
-from qwen_train.model.kernels import ChunkScores, on_gpu, score_logits
+from qwen_train.model.kernels import ChunkScores, score_logits, use_kernels
 
 ChunkFunction = Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores]
 
@@ -72,7 +72,7 @@ def token_logprobs(
 
 
 def _chunk_function(hidden: Tensor, compiled: bool) -> ChunkFunction:
-    if compiled and ONE_KERNEL and on_gpu(hidden):
+    if compiled and ONE_KERNEL and use_kernels(hidden):
         return score_logits
     return _compiled_chunk_scores() if compiled else chunk_scores
 
