@@ -379,6 +379,18 @@ def test_fields_with_a_secrets_name_are_masked(name):
     assert redacted({name: None}) == {name: None}
 
 
-@pytest.mark.parametrize("name", ["tokens_per_microbatch", "control_tokens", "num_tokens", "keep", "monkey", "author"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eval/logps/chosen_per_token",
+        "eval/mean_token_accuracy",
+        "tokens_per_microbatch",
+        "control_tokens",
+        "num_tokens",
+        "keep",
+        "monkey",
+        "author",
+    ],
+)
 def test_fields_with_a_harmless_name_are_not(name):
     assert redacted({name: 7}) == {name: 7}

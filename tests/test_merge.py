@@ -1,22 +1,31 @@
 """Adapters and their bases: merge starts, two adapters as one, launch/merge.py, and what is refused."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import LoraConfig
 from qwen_train.data.packing import Batch
-from qwen_train.model.adapters import base_fingerprint, check_template, concatenate_adapters, resolve_start
+from qwen_train.model.adapters import (
+    base_fingerprint,
+    check_template,
+    concatenate_adapters,
+    merge_adapter,
+    resolve_start,
+)
 from qwen_train.model.load import load_tokenizer
 from qwen_train.model.packed import load_trainable
-from qwen_train.output.merge import load_plainly, packed, score
+from qwen_train.output.merge import load_plainly, packed, score, write_joined
 from tests.preferences import (
     batch_of,
     dpo_config,
@@ -120,13 +129,99 @@ def test_concatenation_keeps_every_scale(rslora: bool, dpo: Path, start: Path, b
     """PEFT copies the first adapter's config, rank-stabilised scale included; ours must still be 1."""
     sft = edit_adapter(start, tmp_path / "sft", lambda name, tensor: tensor)
     edit_json(sft / "adapter_config.json", use_rslora=rslora, lora_alpha=3)
-    joined, name = concatenate_adapters(load_plainly(base, torch.float32, CPU), {"a": sft, "b": dpo / "adapter_delta"})
-    joined.save_pretrained(str(tmp_path / "out"), selected_adapters=[name])
+    joined = concatenate_adapters(load_plainly(base, torch.float32, CPU), [sft, dpo / "adapter_delta"])
+    joined.save_pretrained(str(tmp_path / "out"))
     alone = load_plainly(base, torch.float32, CPU)
     merged = PeftModel.from_pretrained(alone, str(sft)).merge_and_unload()
     merged = PeftModel.from_pretrained(merged, str(dpo / "adapter_delta")).merge_and_unload()
     expected = score(packed(merged, load_tokenizer(dpo_config("--model.path", base).model)), batch)
-    assert gap(plain(base, tmp_path / "out" / name, batch), expected) <= TOLERANCE
+    assert gap(plain(base, tmp_path / "out", batch), expected) <= TOLERANCE
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "all": {"target_modules": "all-linear"},
+    "rank-stabilised": {"use_rslora": True, "target_modules": ["q_proj", "up_proj"]},
+    "several ranks": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 3, "down_proj": 8},
+        "alpha_pattern": {"v_proj": 21},
+    },
+    "some layers": {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]},
+    "all but one kind": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "trainable_token_indices": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+    "lora_bias": {"target_modules": ["q_proj"], "lora_bias": True},
+    "bias": {"target_modules": ["q_proj"], "bias": "lora_only"},
+    "DoRA": {"target_modules": ["q_proj"], "use_dora": True},
+}
+
+
+def foreign_adapter(base: str, folder: Path, **settings: Any) -> Path:
+    """An adapter as another tool writes it, far from zero."""
+    torch.manual_seed(7)
+    model = get_peft_model(load_plainly(base, torch.float32, CPU), peft.LoraConfig(r=5, lora_alpha=7, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_adapters_of_other_tools_as_one(kind: str, dpo: Path, base: str, batch: Batch, tmp_path: Path) -> None:
+    """What their configs restrict holds for their own part alone; in bf16 the joined one stays fp32."""
+    delta = dpo / "adapter_delta"
+    other = foreign_adapter(base, tmp_path / "other", **PLAIN[kind])
+    joined = concatenate_adapters(load_plainly(base, torch.bfloat16, CPU), [other, delta])
+    joined.save_pretrained(str(tmp_path / "out"))
+    merged = PeftModel.from_pretrained(load_plainly(base, torch.float32, CPU), str(other)).merge_and_unload()
+    merged = PeftModel.from_pretrained(merged, str(delta)).merge_and_unload()
+    expected = score(packed(merged, load_tokenizer(dpo_config("--model.path", base).model)), batch)
+    assert gap(plain(base, tmp_path / "out", batch), expected) <= TOLERANCE
+    assert gap(plain(base, delta, batch), expected) > 1e-2, "the other adapter does something"
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_adapters_that_are_more_than_two_matrices_are_not_concatenated(
+    kind: str, dpo: Path, base: str, tmp_path: Path
+) -> None:
+    other = foreign_adapter(base, tmp_path / "other", **MORE[kind])
+    with pytest.raises(ValueError, match=rf"{kind}.* cannot be concatenated"):
+        concatenate_adapters(load_plainly(base, torch.float32, CPU), [other, dpo / "adapter_delta"])
+
+
+def test_what_differs_from_the_trained_policy_is_not_handed_over(
+    dpo: Path, start: Path, base: str, batch: Batch, tmp_path: Path
+) -> None:
+    """The joined adapter and the merged model are both measured; here against a policy that is neither."""
+    tokenizer = load_tokenizer(dpo_config("--model.path", base).model)
+    trained = packed(load_plainly(base, torch.float32, CPU), tokenizer)
+    expected = score(trained, batch)
+    delta, target = dpo / "adapter_delta", tmp_path / "adapter"
+    with pytest.raises(ValueError, match=r"not the trained policy \(.* the run's part alone is .*adapter_delta"):
+        write_joined(str(start), delta, target, base, trained, tokenizer, batch, expected, tolerance=1e-3)
+    assert list(tmp_path.iterdir()) == []
+    assert write_joined(str(start), delta, target, base, trained, tokenizer, batch, expected, math.inf).r == 12
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_head_is_not_merged_into(name: str, base: str, tmp_path: Path) -> None:
+    tied = AutoConfig.from_pretrained(base)
+    tied.tie_word_embeddings = True
+    folder = tmp_path / "tied"
+    AutoModelForCausalLM.from_config(tied).save_pretrained(folder)
+    other = foreign_adapter(str(folder), tmp_path / "other", target_modules=["q_proj"], modules_to_save=[name])
+    with pytest.raises(ValueError, match="which are one tensor in this base"):
+        merge_adapter(load_plainly(str(folder), torch.float32, CPU), other)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(base: str, tmp_path: Path) -> None:
+    other = foreign_adapter(base, tmp_path / "other", target_modules=["o_proj"], lora_bias=True)
+    with pytest.raises(ValueError, match=r"other cannot be merged: "):
+        merge_adapter(load_plainly(base, torch.float32, CPU), other)
 
 
 @pytest.mark.launch

@@ -4,13 +4,15 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +23,7 @@ from qwen_train.config import Config, LoraConfig
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
 REFERENCE_ADAPTER = "reference"
+REWRITING = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base
 SAMPLED_VALUES = 64
 HASH_CHUNK = 2**24
 
@@ -42,18 +45,18 @@ def read_adapter_config(folder: str | Path) -> peft.LoraConfig:
             "give the adapter/ folder of a run, or leave it out to start from the base"
         )
     try:
-        config = PeftConfig.from_pretrained(str(path))
+        start = str(json.loads((path / "adapter_config.json").read_text()).get("init_lora_weights", True)).lower()
+        config = None if start.startswith(REWRITING) else PeftConfig.from_pretrained(str(path))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"model.adapter: {path / 'adapter_config.json'} cannot be read: {error}") from None
-    if not isinstance(config, peft.LoraConfig):
-        raise ValueError(f"model.adapter: {folder} is an adapter of type {config.peft_type}; give a LoRA adapter")
-    start = str(config.init_lora_weights).lower()
-    if start.startswith(("pissa", "olora", "corda", "loftq")):
+    if config is None:
         raise ValueError(
             f"model.adapter: {folder} was initialised by {start}, which rewrote the base, so switching the adapter "
             "off does not give the base back; convert it to a plain LoRA first (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
+    if not isinstance(config, peft.LoraConfig):
+        raise ValueError(f"model.adapter: {folder} is an adapter of type {config.peft_type}; give a LoRA adapter")
     return config
 
 
@@ -221,9 +224,26 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def merge_adapter(lm: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """The base with the adapter's update added to its weights, in the weights' own type."""
+    """The base with the adapter's update added to its weights, in the weights' own type.
+
+    Raises ValueError where that is not what the adapter says: PEFT cannot, or the head is also the embedding.
+    """
     read_adapter_config(folder)
-    merged: nn.Module = PeftModel.from_pretrained(lm, str(folder), is_trainable=False).merge_and_unload()
+    model = PeftModel.from_pretrained(lm, str(folder), is_trainable=False)
+    changed = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper)
+    }
+    if lm.config.tie_word_embeddings and changed & {"lm_head", "embed_tokens"}:
+        raise ValueError(
+            f"model.adapter: {folder} changes the head or the embedding, which are one tensor in this base: merged, it "
+            "would change both; give an adapter without them"
+        )
+    try:
+        merged: nn.Module = model.merge_and_unload()
+    except RuntimeError as error:  # a bias of the adapter's on a layer without one
+        raise ValueError(f"model.adapter: {folder} cannot be merged: {error}") from None
     assert isinstance(merged, PreTrainedModel)
     return merged
 
@@ -233,23 +253,68 @@ def add_reference_adapter(lm: PeftModel, folder: str | Path) -> None:
     lm.load_adapter(str(folder), REFERENCE_ADAPTER, is_trainable=False)
 
 
-def concatenate_adapters(lm: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[PeftModel, str]:
-    """Adapters of one base as one, whose rank is the sum of theirs: the model, and the new adapter's name in it.
+def concatenate_adapters(lm: PreTrainedModel, folders: Sequence[str | Path]) -> PeftModel:
+    """Plain LoRA adapters of one base as one in fp32, whose rank is the sum of theirs.
 
-    The scales are folded into A, so the new one's is 1. Raises ValueError where PEFT cannot do it (DoRA, other layers).
+    [s1 A1; s2 A2] and [B1, B2], on every layer that any of them changes, zeros where one does not: alpha = r is a scale
+    of 1. PEFT's `add_weighted_adapter` rounds to the base's type and leaves out what is not A or B, in silence. Raises
+    ValueError where an adapter is more than A and B.
     """
-    if any(read_adapter_config(folder).use_dora for folder in folders.values()):
-        raise ValueError("DoRA adapters cannot be concatenated")
-    (first, folder), *others = folders.items()
-    model = PeftModel.from_pretrained(lm, str(folder), adapter_name=first, is_trainable=False)
-    for name, folder in others:
+    for folder in folders:
+        _refuse_more_than_ab(read_adapter_config(folder))
+    names = [f"part_{index}" for index in range(len(folders))]
+    model = PeftModel.from_pretrained(lm, str(folders[0]), adapter_name=names[0], is_trainable=False)
+    for name, folder in zip(names[1:], folders[1:], strict=True):
         model.load_adapter(str(folder), name, is_trainable=False)
-    joined = "_and_".join(folders)
-    model.add_weighted_adapter(list(folders), [1.0] * len(folders), joined, combination_type="cat")
-    config: Any = model.peft_config[joined]
-    config.use_rslora = False  # PEFT copies the first adapter's config; alpha = r has to mean a scale of 1
-    config.lora_dropout = 0.0
-    return model, joined
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for path, layer in _lora_layers(model):
+        own = [name for name in names if name in layer.lora_A]
+        scaled = [layer.lora_A[name].weight.float() * layer.scaling[name] for name in own]
+        parts[path] = [(a, layer.lora_B[name].weight.float()) for a, name in zip(scaled, own, strict=True)]
+    base = without_adapters(model)
+    rank = max(sum(a.shape[0] for a, _ in of_layer) for of_layer in parts.values())
+    settings: Any = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=_targets(base, set(parts)), task_type="CAUSAL_LM"
+    )
+    joined = PeftModel(base, settings)
+    for path, layer in _lora_layers(joined):
+        a, b = layer.lora_A["default"].weight.data.zero_(), layer.lora_B["default"].weight.data.zero_()
+        start = 0
+        for part_a, part_b in parts.pop(path):
+            end = start + part_a.shape[0]
+            a[start:end], b[:, start:end] = part_a, part_b
+            start = end
+    assert not parts, "a layer that is changed has no place in the joined adapter"
+    return joined
+
+
+def _lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
+    """Name in the base, and layer."""
+    return [(path, layer) for path, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
+
+
+def _refuse_more_than_ab(config: peft.LoraConfig) -> None:
+    """Raises ValueError for an adapter that has more than A and B."""
+    if config.use_dora:
+        raise ValueError("DoRA adapters cannot be concatenated")
+    for name in (
+        "modules_to_save",
+        "trainable_token_indices",
+        "lora_bias",
+        "target_parameters",
+        "alora_invocation_tokens",
+    ):
+        if getattr(config, name, None):
+            raise ValueError(f"adapters with {name} cannot be concatenated")
+    if config.bias != "none":
+        raise ValueError(f"adapters with bias {config.bias} cannot be concatenated")
+
+
+def _targets(base: nn.Module, layers: set[str]) -> list[str]:
+    """`layers` by their last names, where these mean no other layer of the base."""
+    last = {path.rsplit(".", 1)[-1] for path in layers}
+    meant = {path for path, _ in base.named_modules() if path.rsplit(".", 1)[-1] in last}
+    return sorted(last if meant == layers else layers)
 
 
 def load_adapter(lm: PreTrainedModel, folder: str | Path) -> PeftModel:

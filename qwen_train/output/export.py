@@ -264,15 +264,14 @@ def redacted(value: Any, name: str = "") -> Any:
 
     Tuples become lists and other objects their string, so that YAML and JSON take the result.
     """
-    if SECRET_NAME.search(re.sub(r"[-. ]", "_", name.lower())) and value not in (None, ""):
+    is_number = isinstance(value, bool | int | float)  # eval/logps/chosen_per_token is no secret
+    if SECRET_NAME.search(re.sub(r"[-. ]", "_", name.lower())) and not is_number and value not in (None, ""):
         return REDACTED
     if isinstance(value, Mapping):
         return {_scrubbed(str(key)): redacted(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [redacted(item) for item in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return _scrubbed(str(value))
+    return value if value is None or is_number else _scrubbed(str(value))
 
 
 def _scrubbed(text: str) -> str:

@@ -5,6 +5,7 @@
 Letters: S supervised tokens.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,35 +128,46 @@ def write_joined(
     tokenizer: PreTrainedTokenizerBase,
     probe: Batch,
     expected: Tensor,
+    tolerance: float,
 ) -> Joined:
     """Write SFT and DPO, `start` and `delta`, as one adapter `target` of the original base.
 
-    The delta alone on that base would be another model. DoRA adapters, and others that PEFT cannot concatenate, become
-    a merged model `model/` beside it. `expected` [S]: the trained policy's log-probabilities of `probe`; the result is
-    loaded from the disk as anybody would and compared. One process calls it.
+    The delta alone on that base would be another model. What cannot be concatenated (DoRA, saved modules) becomes a
+    merged model `model/` beside it. `expected` [S]: the trained policy's log-probabilities of `probe`; the result is
+    loaded from the disk as anybody would and compared. Raises ValueError where it differs by more than `tolerance`
+    (mean nats a token): better nothing than another model. One process calls it.
     """
     dtype = trained.causal_lm.lm_head.weight.dtype
     lm = load_plainly(base, dtype, roomiest_device(trained.causal_lm))
     try:
-        joined, name = concatenate_adapters(lm, {"sft": Path(start), "dpo": delta})
+        joined = concatenate_adapters(lm, [start, delta])
     except ValueError as error:
-        merged = merge_adapter(merge_adapter(load_plainly(base, dtype, lm.device), start), delta)
-        folder = target.with_name("model")
-        write_full_model(folder, merged, None, tokenizer, dtype=None)
-        del merged
-        model = packed(load_plainly(str(folder), dtype, lm.device), tokenizer)
+        reason = str(error)
+    else:
+        r = joined.peft_config["default"].r  # type: ignore[attr-defined]
+        write_adapter(target, joined, None, tokenizer, base)
+        write_json_atomic(target / BASE, {"base_sha256": read_base(delta)["original_base_sha256"]})
+        model = packed(load_adapter(without_adapters(joined), target), tokenizer)
         difference = Difference.between(score(model, probe), expected)
-        note = f"{folder.name}/: a merged model, since {error}; differs from the trained policy by {difference}"
-        return Joined(folder, difference, note, None)
-    write_adapter(target, joined, None, tokenizer, base, adapter_name=name)
-    write_json_atomic(target / BASE, {"base_sha256": read_base(delta)["original_base_sha256"]})
-    r = joined.peft_config[name].r  # type: ignore[attr-defined]
-    model = packed(load_adapter(without_adapters(joined), target), tokenizer)
+        if difference.mean <= tolerance:
+            what = f"{target.name}/: {start} and this run as one adapter of {base}, rank {r}"
+            return Joined(target, difference, f"{what}; differs from the trained policy by {difference}", r)
+        reason = f"as one adapter they differ from the trained policy by {difference}"
+        shutil.rmtree(target)
+    folder = target.with_name("model")
+    merged = merge_adapter(merge_adapter(load_plainly(base, dtype, lm.device), start), delta)
+    write_full_model(folder, merged, None, tokenizer, dtype=None)
+    del merged
+    model = packed(load_plainly(str(folder), dtype, lm.device), tokenizer)
     difference = Difference.between(score(model, probe), expected)
-    note = (
-        f"{target.name}/: {start} and this run as one adapter of {base}, rank {r}; differs from the trained policy by "
-    )
-    return Joined(target, difference, note + str(difference), r)
+    if not difference.mean <= tolerance:
+        shutil.rmtree(folder)
+        raise ValueError(
+            f"model.adapter: {start} and this run together are not the trained policy ({difference}), neither as one "
+            f"adapter nor merged; the run's part alone is {delta}, and the checkpoints are intact"
+        )
+    note = f"{folder.name}/: a merged model, since {reason}; differs from the trained policy by {difference}"
+    return Joined(folder, difference, note, None)
 
 
 def write_delta(

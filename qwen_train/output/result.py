@@ -31,6 +31,8 @@ OUTCOMES = {
     "eval/sft/exact_match": "right answers of the SFT evaluation",
 }
 """What a run says of itself in the end: metric, before -> after."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Nats a token by which what is handed over may differ from what was trained: ten times what rounding does."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -137,7 +139,8 @@ def _joined(
     delta, target = run_folder / "adapter_delta", run_folder / "adapter"
     fingerprint = base_fingerprint(base_name, config.model.revision)
     write_delta(delta, start, base_name, fingerprint, model.lm, tensors, tokenizer)
-    joined = write_joined(start, delta, target, base_name, model, tokenizer, probe, expected)
+    tolerance = TOLERANCE[config.model.dtype] if config.model.quantization == "none" else math.inf
+    joined = write_joined(start, delta, target, base_name, model, tokenizer, probe, expected, tolerance)
     facts = {
         "start": f"{shown_path(start)}, merged",
         "as written against as trained (nats a token)": str(joined.difference),
