@@ -409,27 +409,6 @@ class DPOConfig(SFTConfig):
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
-@dataclass(frozen=True)
-class DataSplit:
-    """Rows that a training reads: where they are, what they are, how they are written."""
-
-    paths: DataPaths
-    kind: Kind
-    format: str
-
-
-def data_splits(config: SFTConfig) -> dict[str, DataSplit]:
-    """All rows that a training of this config reads, by the name of the field; those it trains on come first."""
-    data = config.data
-    kind: Kind = "dpo" if isinstance(config, DPOConfig) else "sft"
-    splits = {"data.train": DataSplit(data.train, kind, data.format)}
-    if data.eval:
-        splits["data.eval"] = DataSplit(data.eval, kind, data.format)
-        if kind == "dpo" and data.eval_sft:
-            splits["data.eval_sft"] = DataSplit(data.eval_sft, "sft", "auto")
-    return splits
-
-
 Config = TypeVar("Config", bound=SFTConfig)
 EMBEDDED = {SFTConfig: REPOSITORY / "configs/tiny/sft.yaml", DPOConfig: REPOSITORY / "configs/tiny/dpo.yaml"}
 

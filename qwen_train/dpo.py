@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen_train.config import DPOConfig
-from qwen_train.data.chat import ChatOptions, Template
+from qwen_train.data.chat import Template
 from qwen_train.data.formats import find_sources
 from qwen_train.data.packing import Batch
 from qwen_train.data.stream import (
@@ -20,7 +20,6 @@ from qwen_train.data.stream import (
     packed_squares,
     prefetch,
 )
-from qwen_train.data.tokenize import tokenize
 from qwen_train.loss.preference import Pairs, preference_loss
 from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer
@@ -59,6 +58,7 @@ from qwen_train.train.reference import (
     score_pairs,
 )
 from qwen_train.train.saver import Saver, require_room
+from qwen_train.train.splits import load_split
 
 
 def train(config: DPOConfig, run: Run) -> None:
@@ -79,50 +79,31 @@ def train(config: DPOConfig, run: Run) -> None:
     require_shared(run, folder)
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    load = functools.partial(
-        tokenize,
-        "dpo",
-        tokenizer=tokenizer,
-        options=ChatOptions.from_config(config.data),
-        format=config.data.format,
-        workers=config.data.workers,
-        cache_dir=config.data.cache_dir,
-    )
-    data = run.main_first(functools.partial(load, config.data.train, name="data.train"))
-    run.require_alike("data.train", data.fingerprint)
-    run.note(f"data.train: {data.report.summary()}")
+    data = load_split(run, config, "data.train", tokenizer)
     lengths = packed_lengths(data.dataset, config.reference.share_prompt)
     collate = collate_preferences(data.dataset, config.reference.share_prompt)
     assert isinstance(folder.config, DPOConfig)
     config = resolve_auto(folder.config, int(lengths.max()), shape, run.free_memory(), run.shards)
     held_out = skills = None
     if config.data.eval:
-        eval_data = run.main_first(functools.partial(load, config.data.eval, name="data.eval"))
-        run.require_alike("data.eval", eval_data.fingerprint)
-        run.note(f"data.eval: {eval_data.report.summary()}")
+        eval_data = load_split(run, config, "data.eval", tokenizer)
         held_out = hold_out_pairs(eval_data, config)
     if held_out and config.data.eval_sft:
-        tokenize_sft = functools.partial(tokenize, "sft", **load.keywords | {"format": "auto"})
-        sft_data = run.main_first(functools.partial(tokenize_sft, config.data.eval_sft, name="data.eval_sft"))
-        run.require_alike("data.eval_sft", sft_data.fingerprint)
-        run.note(f"data.eval_sft: {sft_data.report.summary()}")
+        sft_data = load_split(run, config, "data.eval_sft", tokenizer)
         skills = hold_out(sft_data, collate_conversations(sft_data.dataset), Template(tokenizer), config)
-    stream = Stream(
+    stream = Stream.of(
+        config,
         lengths=lengths,
         squares=packed_squares(data.dataset, config.reference.share_prompt),
         total_weights=np.ones(len(data)),  # a pair counts as one
         collate=collate,
-        sequences_per_step=config.batch.sequences_per_step,
         tokens_per_microbatch=microbatch_tokens(config),
-        seed=config.run.seed,
-        epochs=None if config.run.steps else config.run.epochs or 1,
-        shuffle=config.data.shuffle,
         sources=data.column("source"),
         source_weights=[source.weight for source in data.sources],
         rank=run.rank,
         world_size=run.world_size,
     )
-    total_steps = config.run.steps or stream.num_steps(config.run.epochs or 1)
+    total_steps = stream.total_steps
 
     # -- model, reference and optimizer, fresh or from a checkpoint ---------------------------------------------------
     frozen_copy = reference_source(config) == "start_adapter"

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from qwen_train.config import SFTConfig
-from qwen_train.data.chat import ChatOptions, Template
+from qwen_train.data.chat import Template
 from qwen_train.data.formats import find_sources
 from qwen_train.data.packing import Batch
 from qwen_train.data.stream import MicroBatches, Stream, collate_conversations, prefetch
-from qwen_train.data.tokenize import tokenize
 from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
@@ -27,6 +26,7 @@ from qwen_train.train.preflight import preflight
 from qwen_train.train.probe import settle
 from qwen_train.train.reference import sequence_sums
 from qwen_train.train.saver import Saver, require_room
+from qwen_train.train.splits import load_split
 
 
 def train(config: SFTConfig, run: Run) -> None:
@@ -46,41 +46,25 @@ def train(config: SFTConfig, run: Run) -> None:
     # -- data ---------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)
     shape = load_model_config(config.model)
-    load = functools.partial(
-        tokenize,
-        "sft",
-        tokenizer=tokenizer,
-        options=ChatOptions.from_config(config.data),
-        format=config.data.format,
-        workers=config.data.workers,
-        cache_dir=config.data.cache_dir,
-    )
-    data = run.main_first(functools.partial(load, config.data.train, name="data.train"))
-    run.require_alike("data.train", data.fingerprint)
-    run.note(f"data.train: {data.report.summary()}")
+    data = load_split(run, config, "data.train", tokenizer)
     longest = int(data.column("length").max())
     config = resolve_auto(folder.config, longest, shape, run.free_memory(), run.shards)
     held_out = None
     if config.data.eval:
-        eval_data = run.main_first(functools.partial(load, config.data.eval, name="data.eval"))
-        run.require_alike("data.eval", eval_data.fingerprint)
-        run.note(f"data.eval: {eval_data.report.summary()}")
+        eval_data = load_split(run, config, "data.eval", tokenizer)
         held_out = hold_out(eval_data, collate_conversations(eval_data.dataset), Template(tokenizer), config)
-    stream = Stream(
+    stream = Stream.of(
+        config,
         lengths=data.column("length"),
         total_weights=data.column("total_weight"),
         collate=collate_conversations(data.dataset),
-        sequences_per_step=config.batch.sequences_per_step,
         tokens_per_microbatch=microbatch_tokens(config),
-        seed=config.run.seed,
-        epochs=None if config.run.steps else config.run.epochs or 1,
-        shuffle=config.data.shuffle,
         sources=data.column("source"),
         source_weights=[source.weight for source in data.sources],
         rank=run.rank,
         world_size=run.world_size,
     )
-    total_steps = config.run.steps or stream.num_steps(config.run.epochs or 1)
+    total_steps = stream.total_steps
 
     # -- model and optimizer, fresh or from a checkpoint --------------------------------------------------------------
     model = run.prepare(load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded))

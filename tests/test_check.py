@@ -363,7 +363,7 @@ def test_plan_is_what_the_stream_does(template, tmp_path):
         sources=tokens.column("source"),
         source_weights=[1.5, 1.0],
     )
-    steps = [stream[step] for step in range(stream.num_steps(2.0))]
+    steps = [stream[step] for step in range(stream.total_steps)]
     assert plan is not None
     assert (plan.steps, plan.rows_per_epoch, plan.epochs) == (len(steps), 24, 2.0)
     assert plan.tokens_per_step == pytest.approx(np.mean([step.num_tokens for step in steps]))

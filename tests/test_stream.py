@@ -71,7 +71,7 @@ def assert_same(one: MicroBatches, other: MicroBatches) -> None:
 @pytest.mark.parametrize(("world_size", "budget"), [(1, 64), (1, 10**6), (2, 64), (4, 50)])
 def test_every_row_once_an_epoch_and_every_token(world_size, budget):
     stream = make(world_size=world_size, tokens_per_microbatch=budget, epochs=1)
-    steps = range(stream.num_steps(1))
+    steps = range(stream.total_steps)
     assert len(steps) == 13  # 101 rows in eights
     assert sorted(held(stream, steps)) == list(range(101))
     assert sum(stream[step].num_tokens for step in steps) == LENGTHS.sum()
@@ -126,7 +126,7 @@ def test_a_seed_of_its_own_for_each_epoch():
 
 def test_without_shuffle_rows_keep_the_order_of_the_file():
     stream = make(shuffle=False, epochs=2)
-    rows = [row for step in range(stream.num_steps(2)) for row in stream.rows(step)]
+    rows = [row for step in range(stream.total_steps) for row in stream.rows(step)]
     assert rows == [*range(101), *range(101)]
 
 
@@ -143,9 +143,9 @@ def test_runs_by_epochs_end_with_a_smaller_step_and_runs_by_steps_wrap():
     assert endless[12].num_sequences == 8 and endless[12].epoch == 104 / 101
     assert endless[12].rows[:5] == stream[12].rows
     assert endless[12].rows[5:] == make(sequences_per_step=101)[1].rows[:3]
-    assert make(epochs=0.5).num_steps(0.5) == 7  # 50.5 rows are 51
+    assert make(epochs=0.5).total_steps == 7  # 50.5 rows are 51
     assert sum(make(epochs=0.5)[step].num_sequences for step in range(7)) == 51
-    assert make().num_steps(2) == 26
+    assert make(epochs=2).total_steps == 26 and make(steps=7).total_steps == 7
     assert Stream(
         lengths=LENGTHS[:10],
         total_weights=WEIGHTS[:10],
@@ -153,14 +153,15 @@ def test_runs_by_epochs_end_with_a_smaller_step_and_runs_by_steps_wrap():
         sequences_per_step=1,
         tokens_per_microbatch=64,
         seed=0,
-    ).num_steps(1.1) == 11  # fmt: skip
+        epochs=1.1,
+    ).total_steps == 11  # fmt: skip
 
 
 def test_a_step_may_be_larger_than_the_data():
     stream = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8)
     assert Counter(stream[0].rows + stream[1].rows + stream[2].rows) == {0: 8, 1: 8, 2: 8}
     once = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8, epochs=1)
-    assert sorted(once[0].rows) == [0, 1, 2] and once.num_steps(1) == 1
+    assert sorted(once[0].rows) == [0, 1, 2] and once.total_steps == 1
 
 
 # ---- mixes ----
@@ -435,7 +436,7 @@ def children() -> set[int]:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_prefetching_changes_nothing_but_the_time(workers):
     stream = make(epochs=2)
-    steps = range(5, stream.num_steps(2))
+    steps = range(5, stream.total_steps)
     before = torch.get_rng_state()
     got = list(prefetch(stream, steps, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from qwen_train.config import DPOConfig, Kind, SFTConfig, data_splits
+from qwen_train.config import DPOConfig, Kind, SFTConfig
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
-from qwen_train.data.formats import RowError, Source, row_place
+from qwen_train.data.formats import RowError, Source, data_splits, row_place
 from qwen_train.data.packing import empty_batch
 from qwen_train.data.stream import Stream, plan_microbatches
 from qwen_train.data.tokenize import JudgedRow
@@ -480,19 +480,16 @@ def _plan(train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
         )
         problems.add(train, "error", train.place(int(over[0])), "over_budget", message)
         return None
-    stream = Stream(
+    stream = Stream.of(
+        config,
         lengths=lengths,
         total_weights=np.ones(len(lengths)),
         collate=lambda rows: empty_batch(),
-        sequences_per_step=config.batch.sequences_per_step,
         tokens_per_microbatch=int(lengths.max()) if budget == "auto" else budget,
-        seed=config.run.seed,
-        epochs=None if config.run.steps else config.run.epochs or 1,
-        shuffle=config.data.shuffle,
         sources=_numbers(train.row_sources),
         source_weights=[source.weight for source in train.sources],
     )
-    steps = config.run.steps or stream.num_steps(config.run.epochs or 1)
+    steps = stream.total_steps
     looked_at = [lengths[stream.rows(step)] for step in range(min(steps, PLANNED_STEPS))]
     microbatches = None
     if budget != "auto":
@@ -500,9 +497,7 @@ def _plan(train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
     return Plan(
         rows_per_epoch=stream.rows_per_epoch,
         steps=steps,
-        epochs=config.run.epochs or 1.0
-        if not config.run.steps
-        else steps * config.batch.sequences_per_step / stream.rows_per_epoch,
+        epochs=stream.epochs or steps * stream.sequences_per_step / stream.rows_per_epoch,
         tokens_per_step=float(np.mean([step.sum() for step in looked_at])),
         microbatches_per_step=microbatches,
     )

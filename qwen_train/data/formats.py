@@ -2,7 +2,7 @@
 
 What a caller uses:
 - `resolve_paths(data.train)`: the config's `data.train` / `data.eval` as `[Source(path, weight), ...]`;
-- `find_sources(config)`: the same for all rows that a training reads, each source looked for;
+- `data_splits(config)`: all rows that a training reads; `find_sources(config)`: their sources, each looked for;
 - `read_rows(source_index, path)`: `RawRow`s: the JSON text of one row and its place (`file:line`);
 - `parse_row(text, kind, format)`: one JSON text -> `Conversation` or `Preference`, or a `RowError` with a reason;
 - `FORMATS`: the table a new format is added to: a function `row -> Conversation | Preference` and its line here;
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_train.config import DataPaths, Kind, SFTConfig, data_splits
+from qwen_train.config import DataPaths, DPOConfig, Kind, SFTConfig
 
 Message = dict[str, Any]
 
@@ -129,6 +129,27 @@ def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.
         if seen.count(path) > 1:
             raise ValueError(f"{name}: {path!r} is listed {seen.count(path)} times; list it once, with a weight")
     return sources
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Rows that a training reads: where they are, what they are, how they are written."""
+
+    paths: DataPaths
+    kind: Kind
+    format: str
+
+
+def data_splits(config: SFTConfig) -> dict[str, DataSplit]:
+    """All rows that a training of this config reads, by the name of the field; those it trains on come first."""
+    data = config.data
+    kind: Kind = "dpo" if isinstance(config, DPOConfig) else "sft"
+    splits = {"data.train": DataSplit(data.train, kind, data.format)}
+    if data.eval:
+        splits["data.eval"] = DataSplit(data.eval, kind, data.format)
+        if kind == "dpo" and data.eval_sft:
+            splits["data.eval_sft"] = DataSplit(data.eval_sft, "sft", "auto")
+    return splits
 
 
 def find_sources(config: SFTConfig) -> dict[str, list[Source]]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from qwen_train.config import SFTConfig
 from qwen_train.data.packing import Batch, FloatArray, IntArray, pack_pairs, pack_sequences
 
 Collate = Callable[[Sequence[int]], Batch]
@@ -59,7 +60,8 @@ class Stream:
 
     An epoch holds floor(w) copies of every row of a source with weight w and, for the fraction, a seeded subset of its
     rows that is drawn anew each epoch; ``shuffle`` permutes it by (seed, epoch), otherwise rows keep the file's order.
-    With ``epochs`` the stream ends there and its last step may be smaller; without, it wraps for ever.
+    With ``epochs`` the stream ends there and its last step may be smaller; without, it wraps for ever, and ``steps``
+    says how many of its steps the training takes.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Stream:
         seed: int,
         squares: IntArray | None = None,
         epochs: float | None = None,
+        steps: int | None = None,
         shuffle: bool = True,
         sources: IntArray | None = None,
         source_weights: Sequence[float] = (1.0,),
@@ -90,6 +93,7 @@ class Stream:
         self.tokens_per_microbatch = tokens_per_microbatch
         self.seed = seed
         self.epochs = epochs
+        self.steps = steps
         self.shuffle = shuffle
         self.sources = np.zeros(len(self.lengths), dtype=np.int32) if sources is None else np.asarray(sources)
         self.source_weights = tuple(source_weights)
@@ -111,9 +115,46 @@ class Stream:
                 "look at the report of launch/check.py and at the weights"
             )
 
-    def num_steps(self, epochs: float) -> int:
-        """Steps that ``epochs`` passes take, the last one perhaps smaller."""
-        return -(-self._num_positions(epochs) // self.sequences_per_step)
+    @classmethod
+    def of(
+        cls,
+        config: SFTConfig,
+        *,
+        lengths: IntArray,
+        total_weights: FloatArray,
+        collate: Collate,
+        tokens_per_microbatch: int,
+        sources: IntArray,
+        source_weights: Sequence[float],
+        squares: IntArray | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> "Stream":
+        """The stream that a training of ``config`` goes through; the other arguments as above."""
+        return cls(
+            lengths=lengths,
+            total_weights=total_weights,
+            collate=collate,
+            sequences_per_step=config.batch.sequences_per_step,
+            tokens_per_microbatch=tokens_per_microbatch,
+            seed=config.run.seed,
+            squares=squares,
+            epochs=None if config.run.steps else config.run.epochs or 1,
+            steps=config.run.steps,
+            shuffle=config.data.shuffle,
+            sources=sources,
+            source_weights=source_weights,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the training: ``steps``, or those of ``epochs`` passes, the last one perhaps smaller."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None, "a stream without an end"
+        return -(-self._num_positions(self.epochs) // self.sequences_per_step)
 
     def rows(self, step: int) -> list[int]:
         """Data set rows of global batch ``step``, in the stream's order."""
