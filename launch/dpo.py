@@ -6,6 +6,6 @@ if __name__ == "__main__":
     config, warnings = from_command_line(DPOConfig)  # first: --help and mistakes need not wait for transformers
 
     from qwen_train.dpo import train
-    from qwen_train.train.folder import run_script
+    from qwen_train.train.script import run_script
 
     run_script(config, warnings, train)

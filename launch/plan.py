@@ -29,10 +29,11 @@ from qwen_train.output.plan_view import (
     print_measured,
     print_plan,
 )
-from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.distributed import Run
 from qwen_train.train.preflight import check_packages
 from qwen_train.train.probe import idle_gpus, measure
 from qwen_train.train.sharding import check_shardable
+from qwen_train.train.signals import Interrupted
 
 PIPE_WIDTH = 200
 

@@ -16,16 +16,18 @@ from qwen_train.model.load import load_model, load_model_config, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.model.packed import num_adapter_parameters
 from qwen_train.output.result import write_result
-from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.distributed import Run
 from qwen_train.train.evaluate import evaluate_sft, hold_out, sample_answers
-from qwen_train.train.folder import due, open_run, record_config, require_shared, restore, save, save_asked
+from qwen_train.train.folder import open_run, record_config, require_shared
 from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
 from qwen_train.train.preflight import preflight
 from qwen_train.train.probe import settle
+from qwen_train.train.progress import due, restore, save, save_asked
 from qwen_train.train.reference import sequence_sums
 from qwen_train.train.saver import Saver, require_room
+from qwen_train.train.signals import Interrupted
 from qwen_train.train.splits import load_split
 
 

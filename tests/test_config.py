@@ -32,8 +32,8 @@ from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import resolve_auto
 from qwen_train.model.packed import trainable_parameters
 from qwen_train.train.distributed import Run
-from qwen_train.train.folder import Progress
 from qwen_train.train.guard import judge
+from qwen_train.train.progress import Progress
 from qwen_train.train.optim import build_optimizer
 from tests.scripts import ROOT, TINY, read_metrics
 

@@ -17,7 +17,7 @@ from qwen_train.data.packing import Batch
 from qwen_train.loss.preference import metrics_from_sums, preference_loss
 from qwen_train.model.packed import PackedLM
 from qwen_train.train.evaluate import change_since_start, pair_sums, preference_metrics
-from qwen_train.train.folder import Progress
+from qwen_train.train.progress import Progress
 from qwen_train.train.reference import score_pairs, sequence_sums
 from tests.preferences import (
     batch_of,

@@ -12,7 +12,9 @@ import pytest
 
 from qwen_train.config import DataConfig, RunConfig, SFTConfig
 from qwen_train.train.checkpoint import save_checkpoint
-from qwen_train.train.folder import RunFolder, _refuse, open_run, restore
+from qwen_train.train.folder import RunFolder, open_run
+from qwen_train.train.progress import restore
+from qwen_train.train.script import _refuse
 
 HOLDER = """
 import sys

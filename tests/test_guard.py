@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from qwen_train.config import OptimConfig
-from qwen_train.train.folder import Progress
 from qwen_train.train.guard import Guard, judge, z_score
+from qwen_train.train.progress import Progress
 from tests.scripts import TINY, FreshProcess, Result, ScriptRunner, num_lines, read_metrics, terminate_when
 from tests.test_fsdp import SHARDING
 

@@ -20,8 +20,9 @@ from qwen_train.output.export import CardKind, shown_path, write_adapter, write_
 from qwen_train.output.merge import score, write_delta, write_joined
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import write_json_atomic
-from qwen_train.train.folder import Progress, RunFolder
+from qwen_train.train.folder import RunFolder
 from qwen_train.train.metrics import write_status
+from qwen_train.train.progress import Progress
 
 OUTCOMES = {
     "eval/loss": "held-out loss",

@@ -4,23 +4,18 @@ The only file that knows ranks. accelerate launches and places the processes and
 normalisation and the learning rate belong to the loops.
 """
 
-import ctypes
 import datetime
 import errno
-import functools
 import hashlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -28,6 +23,7 @@ from torch import Tensor, nn
 from qwen_train.train.blocks import Shard
 from qwen_train.train.peers import Departure, Member, Peers
 from qwen_train.train.sharding import check_shardable, fill, gather, judge_settings, own_shard, shard
+from qwen_train.train.signals import Signals, asked_of_launcher
 
 if TYPE_CHECKING:
     from qwen_train.config import SFTConfig
@@ -41,20 +37,6 @@ B = TypeVar("B")
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: evaluation and saving may keep one rank busy for minutes
 PREPARATION_TIMEOUT = datetime.timedelta(hours=24)  # tokenising a large data set, on rank 0
 ALL_REDUCE_BYTES = 256 * 2**20
-LIBC = ctypes.CDLL(None)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1
-START_INTERRUPTED = "stopped before the first step"
-LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
-ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every process already
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to leave; everything worth keeping has been saved.
-
-    As KeyboardInterrupt, no Exception: before training it is raised inside of whatever runs, and a library that
-    catches Exception there must not swallow it.
-    """
 
 
 class Run:
@@ -64,21 +46,12 @@ class Run:
     """
 
     def __init__(self, seed: int, deterministic: bool) -> None:
-        if _launcher():  # a shell's end is no reason: plain `nohup python launch/sft.py &` goes on
-            _die_with_parent()
-        self.stop_signal: signal.Signals | None = None
-        self._signal_time = 0.0
+        self.signals = Signals()
         self.asked_elsewhere = ""
-        self.is_training = False
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-                signal.signal(number, self._on_signal)
-        _let_workers_die()
-        sys.unraisablehook = self._on_swallowed
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        asked = int(os.environ.get("WORLD_SIZE") or _asked_of_launcher())
+        asked = int(os.environ.get("WORLD_SIZE") or asked_of_launcher())
         self.peers = _meet_peers()
         # Mixed precision is our own affair (masters in fp32, compute in bf16), so accelerate's autocast stays off.
         # Without a GPU accelerate must be told of the CPU, or it starts no process group whatever its YAML says.
@@ -116,27 +89,14 @@ class Run:
 
     # -- signals --------------------------------------------------------------------------------------------------
 
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        """Before training there is nothing to save: leave at once. Afterwards the loop leaves when it has saved."""
-        first, now = self.stop_signal is None, time.monotonic()
-        if not first and number == signal.SIGINT and now - self._signal_time > ECHO_SECONDS:
-            os._exit(130)  # the second Ctrl-C: leave at once, the last checkpoint is intact
-        if first:
-            self.stop_signal, self._signal_time = signal.Signals(number), now
-            if not self.is_training:
-                raise Interrupted(START_INTERRUPTED)
+    @property
+    def stop_signal(self) -> signal.Signals | None:
+        """What this process was asked to leave by."""
+        return self.signals.received
 
-    def _on_swallowed(self, unraisable: Any) -> None:
-        """What is raised within a destructor or a hook of fork goes no further: raise it again, in a moment."""
-        if isinstance(unraisable.exc_value, Interrupted):
-            signal.signal(signal.SIGALRM, self._on_alarm)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
-            sys.__unraisablehook__(unraisable)
-
-    def _on_alarm(self, _number: int, _frame: Any) -> None:
-        if not self.is_training:
-            raise Interrupted(START_INTERRUPTED)
+    def begin(self) -> None:
+        """From here on there is something to save, and a signal is only noted: see `should_stop`."""
+        self.signals.is_training = True
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to leave (a collective, so that all ranks leave together)."""
@@ -272,10 +232,6 @@ class Run:
                     dist.broadcast(parameter.data, src=0)
         return model
 
-    def begin(self) -> None:
-        """From here on there is something to save, and a signal is only noted: see `should_stop`."""
-        self.is_training = True
-
     def accumulate(self, microbatches: "MicroBatches", step: int) -> Iterator["Batch"]:
         """This rank's micro-batches, on the device.
 
@@ -396,57 +352,3 @@ def check_devices(members: Sequence[Member]) -> None:
 
 def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") % 2**63
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies: the single-process launcher does not forward its own."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-@functools.cache
-def _let_workers_die() -> None:
-    """See to it that processes forked off (tokenising, collating) die when told, and with this one.
-
-    A worker has no run of its own: with our handlers it would only take note of a signal, and never if it waits for a
-    lock. One that was forked in the moment of a signal is in nobody's books and would wait for work for ever.
-    """
-
-    def in_worker() -> None:
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-        _die_with_parent()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-    os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
-        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
-        after_in_child=in_worker,
-    )
-
-
-def _launcher() -> list[str]:
-    """The parent's command line if the parent is a launcher of accelerate's or torch's; otherwise no words."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return []
-    return words if any(Path(word).name in LAUNCHERS for word in words[:3]) else []
-
-
-def _asked_of_launcher() -> int:
-    """Processes that the command line of `accelerate launch` or its YAML asks for, 1 where that cannot be seen.
-
-    With `--cpu`, or `distributed_type: MULTI_CPU` without an MPI launcher, accelerate starts one process however many
-    were asked for, and tells it nothing of the others.
-    """
-    words = _launcher()
-    options = [option.replace("-", "_") for word in words for option in word.split("=", 1)]
-    values = [value for word in words for value in word.split("=", 1)]
-    if "__num_processes" in options:
-        return int(values[options.index("__num_processes") + 1])
-    if "__config_file" in options:
-        settings = yaml.safe_load(Path(values[options.index("__config_file") + 1]).read_text())
-        return int(settings.get("num_processes", 1))
-    return 1

@@ -15,9 +15,10 @@ from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import LossConfig, Pairs, metric_sums, metrics_from_sums, preference_loss
 from qwen_train.model.memory import microbatch_tokens
 from qwen_train.model.packed import PackedLM, evaluating
-from qwen_train.train.distributed import Interrupted, Run
-from qwen_train.train.folder import Progress
+from qwen_train.train.distributed import Run
+from qwen_train.train.progress import Progress
 from qwen_train.train.reference import Reference, RefLogps, score_pairs
+from qwen_train.train.signals import Interrupted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

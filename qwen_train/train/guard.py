@@ -22,8 +22,8 @@ from qwen_train.data.stream import MicroBatches, Stream
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.train import files
 from qwen_train.train.distributed import Run
-from qwen_train.train.folder import WINDOW, Progress
 from qwen_train.train.metrics import Metrics, cut_lines, finite
+from qwen_train.train.progress import WINDOW, Progress
 
 FEWEST = WINDOW // 2
 """Steps before which there is no spike."""

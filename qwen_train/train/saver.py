@@ -22,8 +22,9 @@ from qwen_train.config import SFTConfig
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.blocks import Shard, write_blocks
 from qwen_train.train.checkpoint import finish_save, save_checkpoint, save_error, saving
-from qwen_train.train.distributed import Interrupted, Run
+from qwen_train.train.distributed import Run
 from qwen_train.train.files import FileEntry, require_free_space
+from qwen_train.train.signals import Interrupted
 
 logger = logging.getLogger(__name__)
 

@@ -125,8 +125,7 @@ def test_a_rank_reads_its_own_part_only(two: Path):
 def saved_again(sharded: ShardedRuns, source: Path, name: str, ranks: int, **how) -> Path:
     """What another number of ranks makes of a checkpoint: loaded by a new run and saved before any step."""
     save_at_once = """
-from qwen_train.train import folder
-restored = folder.restore
+from qwen_train.train.progress import restore as restored
 def restore(*args):
     progress = restored(*args)
     progress.step -= 1  # one more step, at a rate of 0, and it is saved again

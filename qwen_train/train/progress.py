@@ -1,0 +1,134 @@
+"""Where training stands in a run, and that written as a checkpoint and read from one."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from qwen_train.config import SFTConfig, as_dict
+from qwen_train.model.packed import PackedLM, load_trainable, trainable_parameters
+from qwen_train.train.checkpoint import open_checkpoint
+from qwen_train.train.distributed import Run
+from qwen_train.train.folder import RunFolder
+from qwen_train.train.optim import load_optimizer_state, optimizer_state
+from qwen_train.train.saver import Saver
+from qwen_train.train.sharding import read_like
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 128
+"""Steps whose losses and gradient norms a new one is compared with."""
+
+
+@dataclass
+class Progress:
+    """What changes from step to step beside weights and optimizer."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    num_tokens: int = 0
+    """Tokens trained on, of all ranks."""
+    skipped: int = 0
+    """Steps whose update was skipped: their loss or gradient was not finite, or a spike."""
+    skipped_in_a_row: int = 0
+    """Of those, the last ones without an update between them."""
+    losses: list[float] = field(default_factory=list)
+    """Finite losses of the last steps, which a spike is judged by."""
+    grad_norms: list[float] = field(default_factory=list)
+    """Likewise the gradient norms."""
+    oom_retries: int = 0
+    """Times that a step was done again in smaller micro-batches, since memory had run out."""
+    tokens_per_microbatch: int | None = None
+    """The token budget since the last of those; None: the config's."""
+    data: str = ""
+    """Fingerprint of the token arrays that the steps are cut from."""
+    start_logps: dict[str, float] = field(default_factory=dict)
+    """Mean log-probability of the held-out answers at the first evaluation, by side, for losses without a reference."""
+    evaluated: int = -1
+    """The last step after which held-out data was evaluated; a resumed run makes up for one that was cut short."""
+
+    def remember(self, loss: float, grad_norm: float) -> None:
+        """Let a step's loss and gradient norm, where they are finite, be among those that later ones are judged by."""
+        for value, window in ((loss, self.losses), (grad_norm, self.grad_norms)):
+            if math.isfinite(value):
+                window.append(value)
+            del window[:-WINDOW]
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def save_asked(run: Run, folder: RunFolder) -> bool:
+    """Whether somebody has put a file `save` into the run's folder; it is taken away. All ranks hear the same."""
+    request = folder.path / "save"
+    asked = run.is_main and request.exists()
+    if asked:
+        request.unlink(missing_ok=True)
+    return run.maximum(float(asked)) > 0
+
+
+def save(
+    run: Run,
+    folder: RunFolder,
+    progress: Progress,
+    model: PackedLM,
+    optimizer: Optimizer,
+    config: SFTConfig,
+    saver: Saver,
+    before_write: Callable[[], None],
+) -> None:
+    """Begin a checkpoint of trained weights, optimizer state and progress; the loop waits for a copy of them alone.
+
+    All ranks call it; rank 0 writes, after `before_write()`. Of a model that is trained in full under FSDP2 each writes
+    its own share.
+    """
+    parameters = trainable_parameters(model)
+    state = {"run_id": folder.run_id, "world_size": run.world_size, "config": as_dict(config), **asdict(progress)}
+    if folder.history:
+        state["history"] = folder.history
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "model": parameters,
+        "optimizer": optimizer_state(optimizer, parameters.items()),
+    }
+    if run.sharded and not config.lora.enabled:
+        saver.save_shard(progress.step, run.own_shard(tensors), state, run, before_write)
+        return
+    whole = {stem: run.whole(flat) for stem, flat in tensors.items()}
+    if run.is_main:
+        saver.save(progress.step, whole, state, before_write)
+
+
+def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str) -> Progress:
+    """Weights, optimizer and progress of the checkpoint that the run goes on from; a fresh start if there is none.
+
+    `data`: fingerprint of the token arrays. Raises ValueError if it is not the checkpoint's, since rows would then be
+    trained twice or never (unless `run.accept_changes`).
+    """
+    if folder.checkpoint is None:
+        return Progress(data=data)
+    reader, state = open_checkpoint(folder.checkpoint)
+    if state["data"] != data:
+        changed = (
+            f"{folder.checkpoint}: the data are no longer those of the run: files of data.train, the tokenizer, its "
+            "template or the code that reads them have changed"
+        )
+        if not folder.config.run.accept_changes:
+            raise ValueError(
+                f"{changed}; put them back, start anew with another run.name, or set run.accept_changes to go on with "
+                "rows that may come twice or never"
+            )
+        logger.warning("%s (run.accept_changes: going on)", changed)
+    parameters = trainable_parameters(model)
+    weights = {name: read_like(reader, "model", name, parameters.get(name)) for name in reader.names("model")}
+    load_trainable(model, weights)
+    entries = {name: parameters.get(name.rpartition("/")[0]) for name in reader.names("optimizer")}
+    values = {name: read_like(reader, "optimizer", name, like) for name, like in entries.items()}
+    load_optimizer_state(optimizer, parameters.items(), values)
+    progress = Progress(**{**{known.name: state[known.name] for known in fields(Progress)}, "data": data})
+    if state["config"]["batch"]["tokens_per_microbatch"] != folder.config.batch.tokens_per_microbatch:
+        progress.tokens_per_microbatch = None  # a number that is given anew counts
+    return progress

@@ -1,0 +1,122 @@
+"""Signals, the launcher above this process and the workers below it: how each of them ends the others.
+
+A process ends with the launcher that started it, and its workers end with it, however it dies.
+"""
+
+import ctypes
+import functools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LIBC = ctypes.CDLL(None)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+START_INTERRUPTED = "stopped before the first step"
+LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
+ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every process already
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to leave; everything worth keeping has been saved.
+
+    As KeyboardInterrupt, no Exception: before training it is raised inside of whatever runs, and a library that
+    catches Exception there must not swallow it.
+    """
+
+
+class Signals:
+    """What signals ask of this process: to leave at once, or, once `is_training`, after the step (`received`)."""
+
+    def __init__(self) -> None:
+        if _launcher():  # a shell's end is no reason: plain `nohup python launch/sft.py &` goes on
+            _die_with_parent()
+        self.received: signal.Signals | None = None
+        self.is_training = False
+        self._time = 0.0
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._on_signal)
+        _let_workers_die()
+        sys.unraisablehook = self._on_swallowed
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        """Before training there is nothing to save: leave at once. Afterwards the loop leaves when it has saved."""
+        first, now = self.received is None, time.monotonic()
+        if not first and number == signal.SIGINT and now - self._time > ECHO_SECONDS:
+            os._exit(130)  # the second Ctrl-C: leave at once, the last checkpoint is intact
+        if first:
+            self.received, self._time = signal.Signals(number), now
+            if not self.is_training:
+                raise Interrupted(START_INTERRUPTED)
+
+    def _on_swallowed(self, unraisable: Any) -> None:
+        """What is raised within a destructor or a hook of fork goes no further: raise it again, in a moment."""
+        if isinstance(unraisable.exc_value, Interrupted):
+            signal.signal(signal.SIGALRM, self._on_alarm)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    def _on_alarm(self, _number: int, _frame: Any) -> None:
+        if not self.is_training:
+            raise Interrupted(START_INTERRUPTED)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies: the single-process launcher does not forward its own."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@functools.cache
+def _let_workers_die() -> None:
+    """See to it that processes forked off (tokenising, collating) die when told, and with this one.
+
+    A worker has no run of its own: with our handlers it would only take note of a signal, and never if it waits for a
+    lock. One that was forked in the moment of a signal is in nobody's books and would wait for work for ever.
+    """
+
+    def in_worker() -> None:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        _die_with_parent()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
+        after_in_child=in_worker,
+    )
+
+
+def _launcher() -> list[str]:
+    """The parent's command line if the parent is a launcher of accelerate's or torch's; otherwise no words."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+    return words if any(Path(word).name in LAUNCHERS for word in words[:3]) else []
+
+
+def asked_of_launcher() -> int:
+    """Processes that the command line of `accelerate launch` or its YAML asks for, 1 where that cannot be seen.
+
+    With `--cpu`, or `distributed_type: MULTI_CPU` without an MPI launcher, accelerate starts one process however many
+    were asked for, and tells it nothing of the others.
+    """
+    words = _launcher()
+    options = [option.replace("-", "_") for word in words for option in word.split("=", 1)]
+    values = [value for word in words for value in word.split("=", 1)]
+    if "__num_processes" in options:
+        return int(values[options.index("__num_processes") + 1])
+    if "__config_file" in options:
+        settings = yaml.safe_load(Path(values[options.index("__config_file") + 1]).read_text())
+        return int(settings.get("num_processes", 1))
+    return 1
