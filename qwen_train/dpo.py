@@ -183,7 +183,7 @@ def train(config: DPOConfig, run: Run) -> None:
             return sums
 
         def row_losses(batch: Batch) -> Tensor:
-            """Loss of each pair, to tell which ones a sick step is sick of."""
+            """Loss of each pair, to tell which ones make a step bad."""
             return score(batch)[1]
 
         steps = range(progress.step, total_steps)

@@ -117,7 +117,7 @@ def train(config: SFTConfig, run: Run) -> None:
             return sums
 
         def row_losses(batch: Batch) -> Tensor:
-            """Loss of each conversation, nats a token, to tell which ones a sick step is sick of."""
+            """Loss of each conversation, nats a token, to tell which ones make a step bad."""
             nll = sequence_sums(-model(batch).logps * batch.weights, batch)
             return nll / sequence_sums(batch.weights, batch)
 

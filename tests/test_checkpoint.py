@@ -249,7 +249,7 @@ def test_changes_that_shape_the_result_are_refused_in_one_line(new, field, harml
     if harmless:
         require_same_result(changes, Path("step-000001"))
         return
-    with pytest.raises(ValueError, match=rf"step-000001: .*{field} was .* and is now .*; put back") as caught:
+    with pytest.raises(ValueError, match=rf"step-000001: .*{field} was .* and is now .*; restore it") as caught:
         require_same_result(changes, Path("step-000001"))
     assert "\n" not in str(caught.value)
 

@@ -249,7 +249,7 @@ def error_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
-# --- sick steps -------------------------------------------------------------------------------------------------------
+# --- bad steps --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.launch

@@ -62,4 +62,4 @@ def test_sharding_that_does_not_take_place_is_said(stem: str, kind: str, monkeyp
         distributed_type=DistributedType[kind], state=SimpleNamespace(dynamo_plugin=dynamo)
     )
     notes = judge_settings(accelerator)
-    assert ["FSDP is not followed" in note for note in notes] == ([True] if stem == "fsdp2" else [])
+    assert ["FSDP is ignored" in note for note in notes] == ([True] if stem == "fsdp2" else [])

@@ -109,7 +109,7 @@ def test_targets_that_there_are(targets: str):
     [
         ("[q_proj, nope]", "nope is the name of no layer of .*; there are down_proj, gate_proj, .* or say all-linear"),
         ("q_proj", r"q_proj is the name of no layer of .*; write \[q_proj\]"),
-        ("[norm]", "norm also means model.norm, a Qwen2RMSNorm that carries no adapter; name some of down_proj"),
+        ("[norm]", "norm also means model.norm, a Qwen2RMSNorm, which cannot have an adapter; name some of down_proj"),
         ("[mlp]", "mlp also means model.layers.0.mlp, a Qwen2MLP"),
         (".*_head", r"\.\*_head also means lm_head, a Linear"),
         ("*_proj", r"\*_proj is no pattern \(.*\); give names as \[q_proj, v_proj\]"),

@@ -309,7 +309,7 @@ def require_same_result(changes: list[ConfigChange], checkpoint: Path) -> None:
         listing = ", ".join(f"{change.field} was {change.old!r} and is now {change.new!r}" for change in wrong)
         raise ValueError(
             f"{checkpoint}: the config has changed in what shapes the result: {listing}; "
-            "put back what was to go on, start anew with another run.name, or set run.accept_changes"
+            "restore it to resume, start over with another run.name, or set run.accept_changes"
         )
 
 

@@ -1,7 +1,7 @@
 """Processes: the start of a run, who this process is, gradients across ranks, global sums, the way out.
 
-The only file that knows ranks. accelerate launches and places the processes and shards under FSDP2; accumulation,
-normalisation and the learning rate belong to the loops.
+All collectives stand here and in sharding.py; what else depends on ranks asks a `Run`. accelerate launches and places
+the processes and shards under FSDP2; accumulation, normalisation and the learning rate belong to the loops.
 """
 
 import datetime
@@ -76,7 +76,7 @@ class Run:
             )
 
     def check(self, config: "SFTConfig") -> None:
-        """Refuse (ValueError) what cannot be sharded; say what of accelerate's settings is not followed."""
+        """Refuse (ValueError) what cannot be sharded; say what of accelerate's settings is ignored."""
         if self.sharded:
             check_shardable(config)
         self.note(*self._notes)
@@ -129,6 +129,7 @@ class Run:
         return self.world_size if parallelism is None else int(parallelism.dp_shard_size)
 
     def maximum(self, value: float) -> float:
+        """The largest of all ranks' values, on every rank."""
         if self.world_size == 1:
             return value
         largest = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -162,6 +163,7 @@ class Run:
         return box[0]
 
     def barrier(self) -> None:
+        """Wait until all ranks are here."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -341,11 +343,11 @@ def check_devices(members: Sequence[Member]) -> None:
     for member in members:
         if member.device.startswith("no GPU"):
             raise ValueError(
-                f"accelerate: {member} has {member.device}; lower --num_processes, or see to CUDA_VISIBLE_DEVICES"
+                f"accelerate: {member} has {member.device}; lower --num_processes, or check CUDA_VISIBLE_DEVICES"
             )
         if member.device != members[0].device:
             raise ValueError(
-                f"accelerate: {member} computes on {member.device}, {members[0]} on {members[0].device}; see to the "
+                f"accelerate: {member} computes on {member.device}, {members[0]} on {members[0].device}; check the "
                 "driver and CUDA_VISIBLE_DEVICES of the one without a GPU, or set use_cpu: true for all"
             )
 

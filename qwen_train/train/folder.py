@@ -57,6 +57,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
+        """Where the run's own checkpoints lie."""
         return self.path / "checkpoints"
 
     @property
@@ -140,13 +141,13 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
         if own is None and skipped:
             reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in skipped)
             raise ValueError(
-                f"run.resume: no checkpoint in {checkpoints} is whole ({reasons}); see to the disk, or to start anew "
+                f"run.resume: no checkpoint in {checkpoints} is whole ({reasons}); check the disk, or to start over "
                 "delete them or choose another run.name"
             )
         notes += [f"{folder}: skipped, {reason}" for folder, reason in skipped]
         if checkpoint is None or own is not None:
             checkpoint, history = own, _accepted(changes, own)
-    notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting anew")
+    notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting from step 0")
     notes += history
     history = (*_read_history(path), *history)
     write_bytes_atomic(path / "config.yaml", _with_history(config, history))

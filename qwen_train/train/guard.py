@@ -1,4 +1,4 @@
-"""Steps that go wrong: a sick loss or gradient skips the update, memory that runs out makes smaller micro-batches.
+"""Steps that go wrong: a bad loss or gradient skips the update, memory that runs out makes smaller micro-batches.
 
 A skipped update leaves parameters and optimizer state as they were; rows and learning rate go on. What is known of the
 step's rows is one line of incidents.jsonl in the run's folder.
@@ -101,7 +101,7 @@ class Guard:
                     raise ValueError(
                         f"batch.tokens_per_microbatch: out of memory in step {step + 1} with "
                         f"{self.stream.tokens_per_microbatch}, and under FSDP2 a step cannot be done again, since the "
-                        "other ranks are in its midst; lower it to half, or raise model.checkpoint_layers"
+                        "other ranks are mid-step; lower it to half, or raise model.checkpoint_layers"
                     ) from error
             if self.run.maximum(float(sums is None)) == 0:
                 assert sums is not None
@@ -126,7 +126,7 @@ class Guard:
             f"goes on, with {after}"
         )
 
-    # -- sick steps -----------------------------------------------------------------------------------------------
+    # -- bad steps ------------------------------------------------------------------------------------------------
 
     def accepts(
         self,

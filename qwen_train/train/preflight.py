@@ -116,6 +116,6 @@ def _check_targets(config: SFTConfig, shape: Any) -> None:
         for name in found:
             if not isinstance(layers[name], nn.Linear) or name.split(".")[-1] in HEADS:
                 raise ValueError(
-                    f"lora.target_modules: {target} also means {name}, a {type(layers[name]).__name__} that carries no "
-                    f"adapter; name some of {', '.join(linear)}, or say all-linear"
+                    f"lora.target_modules: {target} also means {name}, a {type(layers[name]).__name__}, which cannot "
+                    f"have an adapter; name some of {', '.join(linear)}, or say all-linear"
                 )

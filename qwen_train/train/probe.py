@@ -84,8 +84,10 @@ def settle(
 
     A forward and backward of two full micro-batches: where memory runs out on any rank, or would with the optimizer's
     states, the next candidate that needs less is tried. Weights, optimizer and random state stay as they are. Also
-    finds out whether the layers compile, forward and backward. On the CPU, and with numbers given, that is all. Raises
-    ValueError if nothing fits. Under FSDP2 a rank that runs out of memory cannot be saved, as the others wait for it.
+    finds out whether the layers compile, forward and backward. On the CPU, and with numbers given, that is all.
+
+    Raises DoesNotFitError if nothing does. Under FSDP2 a rank that runs out of memory cannot be saved, as the others
+    wait for it.
     """
     run.note(*idle_gpus(config, run.world_size))
     if config.model.compile:
@@ -138,7 +140,7 @@ def _try(run: Run, model: PackedLM, optimizer: Optimizer, batch: Batch) -> int |
         if run.sharded:
             raise ValueError(
                 f"batch.tokens_per_microbatch: out of memory with {batch.num_tokens}, and under FSDP2 no other value "
-                "can be tried, since the other ranks are in their midst; set it to half, or raise "
+                "can be tried, since the other ranks are mid-step; set it to half, or raise "
                 "model.checkpoint_layers"
             ) from error
         return None
@@ -157,7 +159,7 @@ def _forward_backward(run: Run, model: PackedLM, batch: Batch) -> None:
         try:
             run.backward(loss)
         except RuntimeError as error:
-            # A graph of backward that does not compile shows here; one of forward is the layers' own to see to.
+            # A graph of backward that does not compile shows here; one of forward is handled by the layers themselves.
             compiled = model.layers.compiled and model.layers.fallback.reason is None
             if not compiled or run.sharded or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
                 raise

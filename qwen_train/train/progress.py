@@ -118,7 +118,7 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
         )
         if not folder.config.run.accept_changes:
             raise ValueError(
-                f"{changed}; put them back, start anew with another run.name, or set run.accept_changes to go on with "
+                f"{changed}; restore them, start over with another run.name, or set run.accept_changes to go on with "
                 "rows that may come twice or never"
             )
         logger.warning("%s (run.accept_changes: going on)", changed)
@@ -130,5 +130,5 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
     load_optimizer_state(optimizer, parameters.items(), values)
     progress = Progress(**{**{known.name: state[known.name] for known in fields(Progress)}, "data": data})
     if state["config"]["batch"]["tokens_per_microbatch"] != folder.config.batch.tokens_per_microbatch:
-        progress.tokens_per_microbatch = None  # a number that is given anew counts
+        progress.tokens_per_microbatch = None  # a new number counts
     return progress

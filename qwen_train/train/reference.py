@@ -138,7 +138,7 @@ class Reference:
             problem = run.from_main(lambda: self._problem(stored, now, rows, collate))
         if table is None or problem is not None:
             if problem is not None:
-                run.note(f"reference: {cache} is not used, {problem}; all pairs are scored anew")
+                run.note(f"reference: {cache} is not used, {problem}; all pairs are scored again")
             table = self._score_all(run, collate, lengths)
             run.from_main(lambda: _write_table(cache, table, parts))
             run.note(f"reference: {len(data):,} pairs scored, kept in {cache}")

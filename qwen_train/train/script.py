@@ -168,7 +168,7 @@ def _disk_problem(error: OSError) -> str | None:
         place = error.filename or "disk"
         return f"{place}: {error.strerror}; free some space, or point run.dir and data.cache_dir at another disk"
     if error.filename is not None:
-        return f"{error.filename}: {error.strerror}; see to the path and its permissions"
+        return f"{error.filename}: {error.strerror}; check the path and its permissions"
     return None
 
 

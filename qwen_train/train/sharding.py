@@ -31,29 +31,27 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 
 
 def judge_settings(accelerator: Accelerator) -> list[str]:
-    """What of accelerate's configuration is not followed, a line each. Raises ValueError for what cannot be."""
+    """What of accelerate's configuration is ignored, a line each. Raises ValueError for what cannot be."""
     kind = accelerator.distributed_type
     if kind not in SUPPORTED:
         raise ValueError(
-            f"accelerate: distributed_type {kind.value} is not served; use a file of configs/accelerate/ "
+            f"accelerate: distributed_type {kind.value} is not supported; use a file of configs/accelerate/ "
             "(single, ddp, fsdp2, fsdp2_hsdp)"
         )
     notes = []
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("", "1"):
         notes.append(
-            f"accelerate: gradient_accumulation_steps {steps} is not followed: a step is batch.sequences_per_step, cut "
+            f"accelerate: gradient_accumulation_steps {steps} is ignored: a step is batch.sequences_per_step, cut "
             "by batch.tokens_per_microbatch"
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("fp16", "fp8"):
-        notes.append(f"accelerate: mixed_precision {precision} is not followed: model.dtype and model.quantization say")
+        notes.append(f"accelerate: mixed_precision {precision} is ignored: model.dtype and model.quantization say")
     if accelerator.state.dynamo_plugin.backend.value not in ("no", "NO"):
-        notes.append("accelerate: dynamo_backend is not followed: model.compile compiles the decoder layers")
+        notes.append("accelerate: dynamo_backend is ignored: model.compile compiles the decoder layers")
     if kind != DistributedType.FSDP and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        notes.append(
-            "accelerate: FSDP is not followed, since it needs several GPUs: each process holds the whole model"
-        )
+        notes.append("accelerate: FSDP is ignored, since it needs several GPUs: each process holds the whole model")
     if kind == DistributedType.FSDP:
         notes += _judge_fsdp(accelerator.state.fsdp_plugin)
     return notes
@@ -62,18 +60,16 @@ def judge_settings(accelerator: Accelerator) -> list[str]:
 def _judge_fsdp(plugin: Any) -> list[str]:
     if plugin.fsdp_version != 2:
         raise ValueError(
-            f"accelerate: fsdp_version {plugin.fsdp_version} is not served; set fsdp_version: 2, as "
+            f"accelerate: fsdp_version {plugin.fsdp_version} is not supported; set fsdp_version: 2, as "
             "configs/accelerate/fsdp2.yaml does"
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
-            "accelerate: fsdp_offload_params is not served; leave it out and use more GPUs, LoRA, or QLoRA under "
+            "accelerate: fsdp_offload_params is not supported; leave it out and use more GPUs, LoRA, or QLoRA under "
             "configs/accelerate/ddp.yaml"
         )
     if plugin.activation_checkpointing:
-        return [
-            "accelerate: fsdp_activation_checkpointing is not followed: model.checkpoint_layers says how many layers"
-        ]
+        return ["accelerate: fsdp_activation_checkpointing is ignored: model.checkpoint_layers says how many layers"]
     return []
 
 

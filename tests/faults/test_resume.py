@@ -121,7 +121,7 @@ def failing(path):
 checkpoint.file_sha256 = failing
 """
     line = error(runs.run("unread", prelude=unreadable))
-    assert "unread/checkpoints is whole" in line and "see to the disk" in line
+    assert "unread/checkpoints is whole" in line and "check the disk" in line
     assert all(
         f"{name}: model.safetensors cannot be read (Input/output error)" in line for name in names(runs, "unread")
     )
