@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig, load_config, load_for_tool, print_errors, tool_parser
+from qwen_train.model.adapters import resolve_start
 from qwen_train.model.memory import GIB, DoesNotFitError
 from qwen_train.model.shapes import shape_of
 from qwen_train.output.plan_view import (
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> int:
         return 0
     check(options)
     _, config, _ = load_for_tool(options, others)
+    if config.model.continues:
+        config, _ = resolve_start(config)  # its rank is that of the adapter
     if options.shards:
         check_shardable(config)
     shape = shape_of(config.model)
@@ -86,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
+    """Refuse (ValueError) numbers that mean nothing, and options that do not go together."""
     for name in ("gpus", "shards", "memory", "steps"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:  # not so for nan
@@ -111,6 +115,7 @@ def memory(options: argparse.Namespace) -> dict[str, float]:
 
 
 def report(options: argparse.Namespace, console: Console, title: str, layouts: list[Layout]) -> None:
+    """Print the layouts under what is planned: tables, or with `--json` one line."""
     if options.json:
         print(json.dumps({"plan": title, "layouts": [layout.as_dict() for layout in layouts]}))
     else:

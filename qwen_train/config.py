@@ -31,6 +31,7 @@ from qwen_train.loss.preference import LOSSES, LossConfig
 REPOSITORY = Path(__file__).resolve().parent.parent
 DataPaths = str | list[str | dict[str, float]]
 Kind = Literal["sft", "dpo"]
+ReferenceSource = Literal["adapter_off", "start_adapter", "model"]
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
 MAX_DEPTH = 20  # levels of a YAML file: sections, fields, a list, {path: weight}, and room
 MAX_MESSAGE = 1000  # characters of a line about a mistake
@@ -107,6 +108,11 @@ class ModelConfig:
                 ),
             ]
         )
+
+    @property
+    def continues(self) -> bool:
+        """Whether training goes on with the adapter that it starts from."""
+        return self.adapter is not None and self.adapter_start == "continue"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,6 +415,29 @@ class DPOConfig(SFTConfig):
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
+def reference_source(config: SFTConfig) -> ReferenceSource | None:
+    """Where DPO's reference comes from; None for a loss without one. `auto` is what equals the policy at step 0.
+
+    Raises ValueError for a source that the start of training cannot give.
+    """
+    if not isinstance(config, DPOConfig) or not LOSSES[config.loss.name].needs_reference:
+        return None
+    source = config.reference.source
+    if source == "auto":
+        return "model" if not config.lora.enabled else "start_adapter" if config.model.continues else "adapter_off"
+    if source == "adapter_off" and not config.lora.enabled:
+        raise ValueError(
+            "reference.source: adapter_off needs an adapter to switch off, got lora.enabled false; use auto, which "
+            "keeps a second copy of the start"
+        )
+    if source == "start_adapter" and not config.model.continues:
+        raise ValueError(
+            "reference.source: start_adapter is for training that continues an adapter, got "
+            f"model.adapter {config.model.adapter} with adapter_start {config.model.adapter_start}; use auto"
+        )
+    return source
+
+
 Config = TypeVar("Config", bound=SFTConfig)
 EMBEDDED = {SFTConfig: REPOSITORY / "configs/tiny/sft.yaml", DPOConfig: REPOSITORY / "configs/tiny/dpo.yaml"}
 
@@ -423,7 +452,7 @@ def _idle_fields(config: SFTConfig) -> dict[str, str]:
     if not config.lora.enabled:
         others = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "enabled"]
         idle |= dict.fromkeys([f"lora.{name}" for name in others], "lora.enabled is false")
-    elif config.model.adapter and config.model.adapter_start == "continue":
+    elif config.model.continues:
         others = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "enabled"]
         idle |= dict.fromkeys([f"lora.{name}" for name in others], "adapter_start continue keeps the adapter's own")
     if config.model.adapter is None:
@@ -439,14 +468,14 @@ def _idle_fields(config: SFTConfig) -> dict[str, str]:
     if not config.data.eval or not isinstance(config, DPOConfig):
         idle["data.eval_sft"] = "it goes with DPO's data.eval"
     if isinstance(config, DPOConfig):
-        loss = LOSSES[config.loss.name]
         idle |= {f"loss.{name}": f"loss {config.loss.name} does not use it" for name in config.loss.unused}
         idle["data.supervise"] = "DPO scores the answers"
-        if not loss.needs_reference:
+        source = reference_source(config)
+        if source is None:
             names = ["source", "path", "precompute"]
             idle |= dict.fromkeys([f"reference.{name}" for name in names], f"loss {config.loss.name} has no reference")
-        elif config.reference.source != "model":
-            idle["reference.path"] = f"reference.source is {config.reference.source}"
+        elif source != "model":
+            idle["reference.path"] = f"reference.source is {source}"
     return idle
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_train.config import DPOConfig
+from qwen_train.config import DPOConfig, reference_source
 from qwen_train.data.chat import Template
 from qwen_train.data.formats import find_sources
 from qwen_train.data.packing import Batch
@@ -55,7 +55,6 @@ from qwen_train.train.reference import (
     check_reference,
     probe_rows,
     prove_reference,
-    reference_source,
     score_pairs,
 )
 from qwen_train.train.saver import Saver, require_room

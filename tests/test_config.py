@@ -483,7 +483,10 @@ def preference_training(world: World, *arguments: str) -> Any:
 def trained(world: World, config_class: type[SFTConfig], train: Callable[..., None], arguments: tuple[str, ...]) -> Any:
     runs = world.folder / "runs"
     shutil.rmtree(runs, ignore_errors=True)
-    config = world.config(config_class, *arguments)
+    try:
+        config = world.config(config_class, *arguments)
+    except ValueError as error:
+        return str(error)
     loaders: list[int] = []
     loader = stream.DataLoader
 

@@ -261,15 +261,6 @@ def test_8_bit_masters_take_10_bytes_a_parameter():
     assert sum(t.numel() * t.element_size() for t in held) == 10 * param.numel() + 8 * param.numel() // 256
 
 
-def test_8_bits_are_refused_for_shards():
-    class Shard(nn.Parameter):
-        def full_tensor(self) -> Tensor:
-            raise NotImplementedError
-
-    with pytest.raises(ValueError, match=r"optim.name: adamw_8bit fails on the shards of FSDP2 .*; use adamw"):
-        build_optimizer([("w", Shard(torch.zeros(4, 4)))], config(name="adamw_8bit"))
-
-
 # ---- state ----
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config
 from qwen_train.model.memory import GIB, Shape
@@ -181,6 +182,21 @@ def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]):
     assert (whole["fits"], sharded["fits"], sharded["accelerate"]) == (False, True, "fsdp2.yaml")
     parts = [name for name in whole if name.endswith("_bytes") and name != "total_bytes"]
     assert sum(whole[name] for name in parts) == whole["total_bytes"]
+
+
+def test_a_continued_adapter_counts_with_its_own_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY / "model")).save_pretrained(base)
+    settings = LoraConfig(r=24, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(adapter)
+    start = ["--model.from_scratch", "false", "--model.path", base, "--model.adapter", adapter]
+    shape = Shape.of(shape_of(ModelConfig(path=base)))
+    for how, rank in (("continue", 24), ("merge", 16)):
+        more = [] if how == "continue" else ["--lora.r", "16"]
+        script().main([*start, "--model.adapter_start", how, *more, "--memory", "79", "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert f"SFT of LoRA r {rank}," in found["plan"]
+        assert found["layouts"][0]["adapters_bytes"] == 4 * shape.adapter(rank, "all-linear")
 
 
 def test_without_a_gpu_the_usual_cards_are_planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

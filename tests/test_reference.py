@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen_train.config import reference_source
 from qwen_train.data.stream import MicroBatches, collate_preferences, packed_lengths
 from qwen_train.loss.preference import preference_loss
 from qwen_train.model.adapters import read_adapter_config, tensor_digest
@@ -22,7 +23,6 @@ from qwen_train.train.reference import (
     audit_start,
     check_reference,
     prove_reference,
-    reference_source,
     score_pairs,
     sequence_sums,
 )
@@ -65,6 +65,12 @@ def on(start: Path, *arguments: str) -> tuple[str, ...]:
 
 def reference_of(config, model: PackedLM, run: Run, folder: Path) -> Reference:
     return Reference(config, model, load_tokenizer(config.model), run, folder_of(folder).base)
+
+
+def test_a_path_counts_where_auto_means_a_second_model() -> None:
+    assert dpo_config("--lora.enabled", "false", "--reference.path", "some/model").reference.path == "some/model"
+    with pytest.raises(ValueError, match=r"reference.path: has no effect, since reference.source is adapter_off"):
+        dpo_config("--reference.path", "some/model")
 
 
 SOURCES = {

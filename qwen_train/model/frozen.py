@@ -59,7 +59,10 @@ def backward_product(grad: Tensor, frozen: Sequence[Tensor], kind: str, in_featu
 
 
 def dense_weight(like: Tensor, frozen: Sequence[Tensor], kind: str, in_features: int | None = None) -> Tensor:
-    """The group's weight [O, I] in `like`'s dtype."""
+    """The group's weight [O, I] in `like`'s dtype: dense as it is, NF4 dequantised.
+
+    `in_features` is I; without it, `like` is an input [T, I].
+    """
     if kind == "dense":
         return frozen[0]
     width = in_features or like.shape[1]

@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen_train.model import kernels
 from qwen_train.model.frozen import dense_weight, fp8_product, quantize_fp8
 from qwen_train.model.logprobs import chunk_scores
+from qwen_train.model.memory import Shape
 
 ROWS = 67
 """Tokens of a check: no multiple of any tile."""
@@ -65,9 +66,9 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _checks(config: Any, quantization: str, rank: int, device: torch.device) -> Iterator[Check]:
     """Each kernel on random values; every call makes its inputs anew, since some work in place."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    hidden, features, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    shape = Shape.of(config)
+    heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    hidden, features, vocabulary = shape.hidden, shape.wide, shape.vocab
 
     def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         generator = torch.Generator(device).manual_seed(len(shape) + sum(shape))

@@ -20,6 +20,7 @@ def keep_supervised_rows(layer: nn.Module) -> None:
 
 
 def forward(layer: Any, hidden_states: Tensor, packed_rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """hidden_states[1, T, D] -> [1, S, D] at `packed_rows`, int64[S]; [1, T, D] without them."""
     if packed_rows is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)

@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_train.config import Config, DPOConfig, ReferenceConfig, SFTConfig
-from qwen_train.loss.preference import LOSSES
+from qwen_train.config import Config, DPOConfig, SFTConfig, reference_source
 
 GIB = 2**30
 CPU_TOKENS = 4096
@@ -85,10 +84,9 @@ class Shape:
     layers: int
     hidden: int
     wide: int
-    heads: int
-    """Features of all query heads."""
-    kv: int
-    """Features of all key heads."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     vocab: int
     embeddings: int
     """Parameters of embedding and head, which small models share."""
@@ -96,16 +94,26 @@ class Shape:
     @classmethod
     def of(cls, config: Any) -> "Shape":
         """From transformers' config."""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             wide=config.intermediate_size,
-            heads=config.num_attention_heads * head_dim,
-            kv=config.num_key_value_heads * head_dim,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             vocab=config.vocab_size,
             embeddings=config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2),
         )
+
+    @property
+    def heads(self) -> int:
+        """Features of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        """Features of all key heads."""
+        return self.num_kv_heads * self.head_dim
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -222,23 +230,20 @@ def _gathered(shape: Shape, size: int, lora: bool) -> int:
 
 def _reference(config: SFTConfig, shape: Shape, size: int, adapter: int) -> int:
     """Bytes that a DPO's reference takes during training."""
-    if not isinstance(config, DPOConfig) or not LOSSES[config.loss.name].needs_reference:
-        return 0
-    continues = adapter > 0 and config.model.adapter is not None and config.model.adapter_start == "continue"
-    reference: ReferenceConfig = config.reference
-    source = reference.source
-    if source == "auto":
-        source = "model" if not config.lora.enabled else "start_adapter" if continues else "adapter_off"
+    source = reference_source(config)
     if source == "start_adapter":
         return adapter * 4
-    return shape.parameters * size if source == "model" and not reference.precompute else 0
+    if source == "model":
+        assert isinstance(config, DPOConfig)
+        return 0 if config.reference.precompute else shape.parameters * size
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # auto
 
 
-def candidates(config: SFTConfig, model_config: Any, longest: int, shards: int = 1) -> list[Candidate]:
+def candidates(config: SFTConfig, model_config: Any, longest: int, shards: int) -> list[Candidate]:
     """What the `auto` fields may become, the fastest first: by the time that a token takes.
 
     A micro-batch holds the longest row (`longest` tokens), and no more than a step has, whatever number is given.
@@ -285,8 +290,8 @@ def resolve_auto(
     """The config with `checkpoint_layers` and `tokens_per_microbatch` written out as numbers.
 
     On the CPU (no `free_bytes`): no recomputation, and a budget that holds the longest row. On a GPU, with the least
-    free bytes of all ranks: the fastest candidate that fits by the estimate. Raises ValueError, with the numbers, if
-    none does, or if not even the longest row fits with numbers that are given.
+    free bytes of all ranks: the fastest candidate that fits by the estimate. Raises DoesNotFitError if none
+    does, or if not even the longest row fits with numbers that are given.
     """
     if free_bytes is None:
         return with_candidate(config, 0, max(longest, CPU_TOKENS))
@@ -308,9 +313,7 @@ def usable(free_bytes: int) -> int:
     return int(free_bytes * SHARE_OF_FREE)
 
 
-def fitting(
-    config: SFTConfig, model_config: Any, longest: int, free_bytes: int, shards: int = 1
-) -> tuple[bool, Candidate]:
+def fitting(config: SFTConfig, model_config: Any, longest: int, free_bytes: int, shards: int) -> tuple[bool, Candidate]:
     """(True, the fastest candidate that fits by the estimate), or (False, the one that needs least)."""
     possible = candidates(config, model_config, longest, shards)
     for candidate in possible:

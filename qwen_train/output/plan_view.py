@@ -11,6 +11,7 @@ from rich.table import Table
 from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.model.memory import GIB, Candidate, Shape, fitting, usable
 from qwen_train.train.probe import Measured
+from qwen_train.train.sharding import why_unshardable
 
 CARDS = {"24 GB": 23.5, "48 GB": 47.0, "80 GB": 79.0, "141 GB": 139.5}
 """GiB that are free on an empty card: an RTX 4090, an L40S, an A100 or H100, an H200."""
@@ -77,8 +78,7 @@ def plan(
 
     `shards`: over so many instead, the model once in each group (HSDP). What cannot be sharded is left out.
     """
-    shardable = config.model.quantization == "none" and config.optim.name == "adamw"
-    sharded = [shards or gpus] if gpus > 1 and shardable else []
+    sharded = [shards or gpus] if gpus > 1 and why_unshardable(config) is None else []
     made = []
     for card, free in cards.items():
         for over in [1, *sharded] if shards is None else sharded:

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from qwen_train.model.compile import compiled_graphs
+from qwen_train.model.memory import Shape
 from qwen_train.train.files import write_bytes_atomic, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -250,10 +251,8 @@ def cut_lines(path: Path, resume_step: int | None) -> bytes:
 
 def matmul_parameters(config: Any) -> tuple[int, int]:
     """Parameters that take part in a matrix product, of a Qwen2 / Qwen3 dense config: (in the layers, in the head)."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * config.num_attention_heads * head_dim + 2 * config.num_key_value_heads * head_dim  # q, o and k, v
-    layer = config.hidden_size * (attention + 3 * config.intermediate_size)
-    return config.num_hidden_layers * layer, config.hidden_size * config.vocab_size
+    shape = Shape.of(config)
+    return shape.layers * shape.layer, shape.hidden * shape.vocab
 
 
 def flops_per_token(
@@ -273,8 +272,8 @@ def flops_per_token(
     """
     layers, head = matmul_parameters(config)
     base = layers + head * head_fraction
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * config.num_hidden_layers * mean_length * config.num_attention_heads * head_dim
+    shape = Shape.of(config)
+    attention = 2 * shape.layers * mean_length * shape.heads
     flops = 6 * base if lora_parameters is None else 4 * base + 6 * lora_parameters
     return flops + 3 * attention + (2 * base + attention if reference_forward else 0)
 

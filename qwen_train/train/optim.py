@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 ParamGroups = list[dict[str, Any]]
 BLOCK_8BIT = 256  # moments that share a scale, in bitsandbytes' kernels
 SMALLEST_8BIT = 4096  # elements; below, moments stay in fp32
-SHARDED_8BIT = (
-    "optim.name: adamw_8bit fails on the shards of FSDP2 (DTensors); use adamw, whose moments are sharded, or train an "
-    "adapter with configs/accelerate/ddp.yaml"
-)
 
 
 # ---- schedules: progress after the warm-up, in [0, 1) -> share of the way from min_lr_ratio * lr up to lr ----
@@ -282,9 +278,7 @@ def adamw(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
 
 
 def adamw_8bit(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
-    """AdamW with 8-bit moments; bf16 parameters get fp32 masters. Raises ValueError for parameters that are shards."""
-    if any(hasattr(param, "full_tensor") for param in _params(groups)):
-        raise ValueError(SHARDED_8BIT)
+    """AdamW with 8-bit moments; bf16 parameters get fp32 masters."""
     return MasterWeights8bit(groups, lr=config.lr, betas=config.betas)
 
 

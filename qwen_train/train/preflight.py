@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import has_file
 
-from qwen_train.config import DPOConfig, SFTConfig
+from qwen_train.config import DPOConfig, SFTConfig, reference_source
 from qwen_train.model.load import load_model_config
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -30,11 +30,10 @@ def preflight(config: SFTConfig) -> None:
     shape = load_model_config(config.model)
     if not config.model.from_scratch:
         _check_weights("model.path", config.model.path, config.model.revision)
-    if isinstance(config, DPOConfig) and config.reference.source == "model" and config.reference.path is not None:
+    if isinstance(config, DPOConfig) and reference_source(config) == "model" and config.reference.path is not None:
         _check_folder("reference.path", config.reference.path)
         _check_weights("reference.path", config.reference.path, None)
-    continued = config.model.adapter is not None and config.model.adapter_start == "continue"
-    if config.lora.enabled and not continued:
+    if config.lora.enabled and not config.model.continues:
         _check_targets(config, shape)
 
 

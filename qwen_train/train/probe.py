@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from qwen_train.config import Config, DPOConfig, SFTConfig
+from qwen_train.config import Config, DPOConfig, SFTConfig, reference_source
 from qwen_train.data.packing import Batch, pack_pairs, pack_sequences
 from qwen_train.data.stream import MicroBatches
-from qwen_train.loss.preference import LOSSES, preference_loss
+from qwen_train.loss.preference import preference_loss
 from qwen_train.model.compile import compiled_graphs
 from qwen_train.model.load import FAMILIES, load_model
 from qwen_train.model.memory import (
@@ -297,16 +297,14 @@ def _timed_steps(
 
 def _asks_reference(config: SFTConfig) -> TypeGuard[DPOConfig]:
     """Whether each micro-batch is scored by a reference."""
-    return (
-        isinstance(config, DPOConfig) and LOSSES[config.loss.name].needs_reference and not config.reference.precompute
-    )
+    return isinstance(config, DPOConfig) and reference_source(config) is not None and not config.reference.precompute
 
 
 def _loss(config: SFTConfig, model: PackedLM, reference: Reference | None, batch: Batch) -> torch.Tensor:
     if not isinstance(config, DPOConfig):
         return -(model(batch).logps * batch.weights).sum()
     expected = reference.logps(batch) if reference is not None else None
-    if expected is None and LOSSES[config.loss.name].needs_reference:  # precomputed: looked up, from anywhere
+    if expected is None and reference_source(config) is not None:  # precomputed: looked up, from anywhere
         expected = torch.zeros(batch.num_sequences, dtype=torch.float64, device=batch.input_ids.device)
     return preference_loss(score_pairs(model(batch).logps, expected, batch), config.loss).sum()
 

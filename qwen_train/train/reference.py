@@ -13,17 +13,17 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_train.config import DPOConfig, config_hash
+from qwen_train.config import DPOConfig, config_hash, reference_source
 from qwen_train.data.packing import Batch, IntArray
 from qwen_train.data.stream import Collate, MicroBatches, plan_microbatches
 from qwen_train.data.tokenize import TokenDataset
-from qwen_train.loss.preference import LOSSES, Pairs
+from qwen_train.loss.preference import Pairs
 from qwen_train.model.adapters import adapter_sha256, tensor_digest
 from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens
@@ -35,7 +35,6 @@ from qwen_train.train.folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Source = Literal["adapter_off", "start_adapter", "model"]
 RefLogps = Callable[[Batch], Tensor | None]
 """Batch -> summed log-probability of each sequence under the reference, float64 [N]; None: the loss has none."""
 
@@ -54,30 +53,6 @@ def score_pairs(logps: Tensor, ref_logps: Tensor | None, batch: Batch) -> Pairs:
     """Log-probabilities [S] of the policy and sums [N] of the reference as pairs."""
     lengths = sequence_sums(torch.ones_like(logps), batch)
     return Pairs.from_sequences(sequence_sums(logps, batch), ref_logps, lengths)
-
-
-def reference_source(config: DPOConfig) -> Source | None:
-    """Where the reference comes from; None for a loss without one. `auto` is what equals the policy at step 0.
-
-    Raises ValueError for a source that the start of training cannot give.
-    """
-    if not LOSSES[config.loss.name].needs_reference:
-        return None
-    source = config.reference.source
-    continues = config.lora.enabled and config.model.adapter is not None and config.model.adapter_start == "continue"
-    if source == "auto":
-        return "model" if not config.lora.enabled else "start_adapter" if continues else "adapter_off"
-    if source == "adapter_off" and not config.lora.enabled:
-        raise ValueError(
-            "reference.source: adapter_off needs an adapter to switch off, got lora.enabled false; use auto, which "
-            "keeps a second copy of the start"
-        )
-    if source == "start_adapter" and not continues:
-        raise ValueError(
-            "reference.source: start_adapter is for training that continues an adapter, got "
-            f"model.adapter {config.model.adapter} with adapter_start {config.model.adapter_start}; use auto"
-        )
-    return source
 
 
 class Reference:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qwen_train.train.blocks import Block, BlockReader, Shard
-from qwen_train.train.optim import SHARDED_8BIT
 
 if TYPE_CHECKING:
     from qwen_train.config import SFTConfig
@@ -73,19 +72,30 @@ def _judge_fsdp(plugin: Any) -> list[str]:
     return []
 
 
-def check_shardable(config: "SFTConfig") -> None:
-    """Refuse (ValueError) what FSDP2 would corrupt or cannot hold."""
+def why_unshardable(config: "SFTConfig") -> str | None:
+    """Why FSDP2 would corrupt a run of this config or cannot hold it; None where it can."""
     if config.model.quantization != "none":
         reason = {
             "nf4": "its all-gather casts the packed bytes, which changes NaN patterns among them, in silence",
             "fp8": "its two packed copies with their scales are no parameters",
         }[config.model.quantization]
-        raise ValueError(
+        return (
             f"model.quantization: {config.model.quantization} weights cannot be sharded by FSDP2 ({reason}); use "
             "configs/accelerate/ddp.yaml, where every GPU holds them, or quantization none"
         )
     if config.optim.name == "adamw_8bit":
-        raise ValueError(SHARDED_8BIT)
+        return (
+            "optim.name: adamw_8bit fails on the shards of FSDP2 (DTensors); use adamw, whose moments are sharded, or "
+            "train an adapter with configs/accelerate/ddp.yaml"
+        )
+    return None
+
+
+def check_shardable(config: "SFTConfig") -> None:
+    """Refuse (ValueError) what cannot be sharded."""
+    problem = why_unshardable(config)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def shard(accelerator: Accelerator, model: "PackedLM") -> None:
