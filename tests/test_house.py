@@ -20,11 +20,7 @@ ROWS = [
 SELF_CONTAINED = ("qwen_train.loss", "qwen_train.data.packing")  # torch and numpy, and nothing of ours
 OWNERS = {
     "accelerate": ("qwen_train.train.distributed", "qwen_train.train.sharding"),
-    "torch.distributed": (
-        "qwen_train.train.distributed",
-        "qwen_train.train.sharding",
-        "qwen_train.train.checkpoint",
-    ),
+    "torch.distributed": ("qwen_train.train.distributed", "qwen_train.train.sharding"),
     "peft": ("qwen_train.model", "qwen_train.train.optim", "qwen_train.output"),
     "bitsandbytes": ("qwen_train.model", "qwen_train.train.optim", "qwen_train.output"),
     "flash_attn": ("qwen_train.model.attention",),
