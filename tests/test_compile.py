@@ -1,4 +1,4 @@
-"""Compiled layers: one set of graphs for all lengths, a way of running that can be set anew, loud falling back."""
+"""Compiled layers: one set of graphs for all lengths, a way of running that can be changed, loud falling back."""
 
 import logging
 from collections import Counter

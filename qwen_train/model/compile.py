@@ -1,6 +1,6 @@
 """How the decoder layers run: compiled or as written, and how many recompute their activations in backward.
 
-One compilation serves all layers and any number of tokens. Should the compiler fail, or want to compile ever new
+One compilation serves all layers and any number of tokens. Should the compiler fail, or want to compile ever more
 graphs, the layers run as written from then on, and a line says so and why.
 """
 
@@ -64,13 +64,13 @@ class Fallback:
             self.reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         logger.warning(
             "model.compile: torch.compile failed, going on uncompiled, which is slower and takes more memory (%s); "
-            "see to the cause, or set model.compile false",
+            "check the cause, or set model.compile false",
             self.reason,
         )
 
 
 class DecoderLayers:
-    """The decoder layers of a model, whose way of running may be set anew at any time.
+    """The decoder layers of a model, whose way of running may be changed at any time.
 
     The forward of each instance is wrapped, so parameter names stay as they are and FSDP2's hooks stay outside.
     """

@@ -65,7 +65,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _checks(config: Any, quantization: str, rank: int, device: torch.device) -> Iterator[Check]:
-    """Each kernel on random values; every call makes its inputs anew, since some work in place."""
+    """Each kernel on random values; every call makes its inputs again, since some work in place."""
     shape = Shape.of(config)
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     hidden, features, vocabulary = shape.hidden, shape.wide, shape.vocab

@@ -65,7 +65,7 @@ def lora_linear(
 
     kind `wide`: the frozen weight is stored as [W | s B], [O, I + R], and the product with [x | x A^T] is one GEMM with
     a longer sum; the second result is [x | x A^T]. It pays where outputs are wide (gate|up: adding the adapter's part
-    to them costs 7 % of the product), and the columns of B are written anew each time, as they cost nothing.
+    to them costs 7 % of the product), and the columns of B are written again each time, as they cost nothing.
     """
     if kind == "wide":
         return _wide_product(x, frozen[0], bias, a, b, scale)
