@@ -5,7 +5,6 @@ Exit code: 0 clean; 1 rows in error; 2 a config, a file or an option that cannot
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qwen_train.config import ModelConfig, load_for_tool, tool_parser
 from qwen_train.data.chat import ChatOptions, Template
@@ -30,12 +29,13 @@ from qwen_train.output.check_view import print_examples, print_report
 
 HTML_ROWS = 12
 PIPE_WIDTH = 200
-ROWS_PER_UPDATE = 500
 
 
 def main(argv: list[str]) -> int:
     """Check, report, and return the exit code. Raises ValueError, ArgumentError or CannotWriteError for mistakes."""
     options, others = parser().parse_known_args(argv)
+    if options.show < 0:
+        raise ValueError(f"--show: must be >= 0, got {options.show}; give the number of rows to print")
     kind, config, warnings = load_for_tool(options, others)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -49,18 +49,15 @@ def main(argv: list[str]) -> int:
         dump, page = (stack.enter_context(written(path, name)) if path else None for name, path in outputs.items())
         count = stack.enter_context(progress())
 
-        def rows(name: str, index: int, source: Source) -> Iterator[JudgedRow]:
+        def rows(name: str, source: Source) -> Iterator[JudgedRow]:
             kind, format = splits[name].kind, splits[name].format
             for row in judge(kind, source.path, template.tokenizer, chat, format=format, name=name):
                 count(name)
                 if dump and row.encoded is not None:
                     dump(json.dumps(dump_row(row)) + "\n")
-                yield replace(row, source=index)
+                yield row
 
-        judged = {
-            name: [(source, rows(name, index, source)) for index, source in enumerate(listed)]
-            for name, listed in sources.items()
-        }
+        judged = {name: [(source, rows(name, source)) for source in listed] for name, listed in sources.items()}
         report = examine(judged, template, chat, config, max(options.show, HTML_ROWS if page else 0))
         title = f"Flight check: {kind.upper()}, {' + '.join(options.config) or 'embedded tiny config'}"
         if page:
@@ -153,14 +150,12 @@ def progress() -> Iterator[Callable[[str], None]]:
         return
     columns = (TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, tuple[int, Iterator[int]]] = {}
+        tasks: dict[str, TaskID] = {}
 
         def count(name: str) -> None:
             if name not in tasks:
-                tasks[name] = int(bar.add_task(name, total=None)), itertools.count(1)
-            task, rows = tasks[name]
-            if (seen := next(rows)) % ROWS_PER_UPDATE == 0:
-                bar.update(bar.task_ids[task], completed=seen)
+                tasks[name] = bar.add_task(name, total=None)
+            bar.advance(tasks[name])
 
         yield count
 

@@ -613,12 +613,6 @@ def test_a_template_that_refuses_a_row_names_the_row_only() -> None:
     assert reason(results[1]) == "template_error" and results[0] == results[2]
 
 
-def test_options_are_checked() -> None:
-    for wrong in ({"max_length": 1}, {"too_long": "cut"}, {"supervise": "user"}, {"control_tokens": "keep"}):
-        with pytest.raises(ValueError, match=f"data.{next(iter(wrong))}"):
-            ChatOptions(**wrong)  # type: ignore[arg-type]
-
-
 def prompt_is_prefix(tokenizer: Any, conversation: Conversation) -> bool:
     """ids(prompt + generation header) begins ids(whole conversation): what sampling sees is what training saw."""
     template, options = Template(tokenizer), ChatOptions(max_length=100_000)

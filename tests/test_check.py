@@ -266,7 +266,7 @@ def test_a_turn_without_a_supervised_stop_token_fails_the_check(template):
 
     def report(spans: list[tuple[int, int, float]]) -> Report:
         encoded = EncodedConversation(good.input_ids, spans)
-        row = JudgedRow(0, "x.jsonl", 0, "x.jsonl:1", "kept", encoded=encoded)
+        row = JudgedRow(0, "x.jsonl", 0, True, "kept", encoded=encoded)
         config = SFTConfig(data=DataConfig(train="x.jsonl"))
         return examine({"data.train": [(Source("x.jsonl"), [row])]}, template, ChatOptions(), config)
 
@@ -395,7 +395,7 @@ def test_memory_does_not_grow_with_the_rows(template):
         for row in range(count):
             ids = [*encoded.input_ids[:-1], 300 + row % 50]
             again = EncodedConversation(ids, encoded.spans)
-            yield JudgedRow(0, "x.jsonl", row, f"x.jsonl:{row + 1}", "kept", encoded=again)
+            yield JudgedRow(0, "x.jsonl", row, True, "kept", encoded=again)
 
     split = check.Split("data.train", "sft", [check.SourceCounts("x.jsonl", 1)])
     reader = check._Reader(split, template, ChatOptions(), check._Problems())
@@ -633,6 +633,7 @@ def test_exit_codes(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--show", "-1"], "--show: must be >= 0, got -1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--data.max_lenght", "3"], "max_lenght"),
         (["--data.max_length", "1"], "data.max_length"),

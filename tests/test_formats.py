@@ -223,14 +223,14 @@ def test_sources_are_looked_for_without_asking_anybody(tmp_path: Path) -> None:
     }, "SFT reads no data.eval_sft"
     with pytest.raises(ValueError, match=r"^data\.eval_sft: '.*gone\.jsonl' does not exist"):
         formats.find_sources(DPOConfig(data=data))
-    with pytest.raises(ValueError, match=r"^data\.format: 'alpaca' is no format of dpo rows"):
+    with pytest.raises(ValueError, match=r"^data\.format: 'alpaca' is not a format of dpo rows"):
         formats.find_sources(DPOConfig(data=replace(data, format="alpaca")))
 
 
 def test_unknown_format_names_keys_and_formats() -> None:
     with pytest.raises(RowError, match=r"the keys question, text; known: messages \(messages\), sharegpt"):
         sft({"text": "x", "question": "y"})
-    with pytest.raises(ValueError, match=r"data\.format: 'preference' is no format of sft rows"):
+    with pytest.raises(ValueError, match=r"data\.format: 'preference' is not a format of sft rows"):
         formats.check_format("preference", "sft")
 
 

@@ -20,7 +20,6 @@ from qwen_train.data.stream import (
     Stream,
     collate_conversations,
     collate_preferences,
-    column,
     eval_batches,
     packed_lengths,
     packed_squares,
@@ -372,13 +371,11 @@ def test_conversations_from_columns():
     assert batch.rows == tuple(rows) and batch.num_sequences == 5
     assert collate_conversations(dataset)([]).num_sequences == 0
     assert packed_lengths(dataset).tolist() == LENGTHS[:20].tolist()
-    assert column(dataset, "row").tolist() == list(range(20)) and column(dataset, "row").dtype == np.int64
     # Rows of one length come as a matrix from datasets, and a filtered data set goes through an index.
     assert collate_conversations(dataset)([5, 5]).num_tokens == 2 * LENGTHS[5]
     chosen = dataset.select([7, 3])
     assert collate_conversations(chosen)([1]).input_ids.tolist() == SEQUENCES[3][0].tolist()
     assert packed_lengths(chosen).tolist() == LENGTHS[[7, 3]].tolist()
-    assert column(chosen, "row").tolist() == [7, 3]
 
 
 def preferences() -> datasets.Dataset:

@@ -124,7 +124,6 @@ def test_sources_keep_their_order_and_weights(tmp_path: Path) -> None:
     data = run([first, {str(second): 0.5}], tmp_path / "cache")
     assert data.column("source").tolist() == [0, 0, 1] and data.column("row").tolist() == [0, 1, 0]
     assert [source.weight for source in data.sources] == [1.0, 0.5]
-    assert data.report.kept_by_source == {first: 2, str(second): 1}
     assert data.place(2) == f"{second}: row 0"
     other = run([first, {str(second): 2.0}], tmp_path / "cache")
     assert other.folder == data.folder and other.sources[1].weight == 2.0

@@ -26,15 +26,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from qwen_train.config import Kind
-from qwen_train.data.formats import ROLES, Conversation, Message, Preference, RowError
+from qwen_train.config import DataConfig, Kind
+from qwen_train.data.formats import ROLES, Conversation, Message, Preference, RowError, one_line
+from qwen_train.data.packing import FloatArray, token_weights
 
 START, END = "<|im_start|>", "<|im_end|>"
 LEADING_NEWLINES = re.compile(r"\s*[\r\n]+")
@@ -44,28 +45,16 @@ MAX_LISTED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """How rows become tokens; the fields of `data` in the config that bear the same names."""
+    """How rows become tokens: what `DataConfig` says of it under the same names, and has checked."""
 
-    max_length: int = 4096
-    too_long: Literal["drop", "trim_turns", "error"] = "drop"
-    supervise: Literal["assistant", "last", "all"] = "assistant"
-    system: str = "keep"
-    control_tokens: Literal["escape", "reject", "allow"] = "escape"
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ValueError(f"data.max_length: must be at least 2 tokens, got {self.max_length}")
-        for name, known in (
-            ("too_long", ("drop", "trim_turns", "error")),
-            ("supervise", ("assistant", "last", "all")),
-            ("control_tokens", ("escape", "reject", "allow")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"data.{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+    max_length: int = DataConfig.max_length
+    too_long: str = DataConfig.too_long
+    supervise: str = DataConfig.supervise
+    system: str = DataConfig.system
+    control_tokens: str = DataConfig.control_tokens
 
     @classmethod
-    def from_config(cls, data: Any) -> "ChatOptions":
-        """The options out of a `DataConfig` (or anything with these attributes)."""
+    def from_config(cls, data: DataConfig) -> "ChatOptions":
         return cls(
             max_length=data.max_length,
             too_long=data.too_long,
@@ -91,6 +80,10 @@ class EncodedConversation:
     @property
     def total_weight(self) -> float:
         return sum((end - start) * weight for start, end, weight in self.spans)
+
+    def weights(self) -> FloatArray:
+        """Weight of each token. Shape [L], float32."""
+        return token_weights(len(self.input_ids), self.spans)
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ class Template:
                 self.adds_default[bool(tools)] = len(bare) > len(empty)
         except (TemplateError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{self.where}: the chat template fails on a plain conversation: {_short(error)}"
+                f"{self.where}: the chat template fails on a plain conversation: {one_line(error, 200)}"
             ) from error
         ids = np.asarray(self._encode_plainly(text))
         if len(self.assistant_spans(ids)) != 1:
@@ -207,7 +200,7 @@ class Template:
         try:
             text = self._apply(shown, tools, **kwargs)
         except (TemplateError, ValueError, TypeError, AttributeError) as error:
-            raise RowError("template_error", f"the chat template refuses the row: {_short(error)}") from error
+            raise RowError("template_error", f"the chat template refuses the row: {one_line(error, 200)}") from error
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -518,10 +511,6 @@ def _fitted(
             return fitting
         tokens += ", even with the last exchange alone"
     return RowError("too_long", tokens, drop=True, notes=result.notes)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _shown(message: Message, notes: Counter[str]) -> Message:

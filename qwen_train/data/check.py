@@ -267,7 +267,7 @@ class _Reader:
 
     def take(self, row: JudgedRow, source: SourceCounts, index: int) -> None:
         source.rows += 1
-        source.has_lines = row.place == row_place(row.path, row.row, True)
+        source.has_lines = row.has_lines
         if row.encoded is None:
             self._left_out(row, source)
             return
@@ -320,9 +320,7 @@ class _Reader:
     def _conversation(self, encoded: EncodedConversation, source: SourceCounts) -> None:
         split = self.split
         ids = np.asarray(encoded.input_ids, dtype=np.int32)
-        supervised = np.zeros(len(ids), dtype=bool)
-        for start, end, weight in encoded.spans:
-            supervised[start:end] = weight > 0
+        supervised = encoded.weights() > 0
         source.tokens += len(ids)
         source.supervised += int(supervised.sum())
         last_turn = self._count_turns(ids, supervised)
@@ -590,10 +588,8 @@ def dump_row(row: JudgedRow) -> dict[str, Any]:
     """Source path, row (0-based) and token ids of a kept row; labels are the ids, IGNORE_INDEX where unsupervised."""
     encoded, place = row.encoded, {"source": row.path, "row": row.row}
     if isinstance(encoded, EncodedConversation):
-        labels = [IGNORE_INDEX] * len(encoded.input_ids)
-        for start, end, _ in encoded.spans:
-            labels[start:end] = encoded.input_ids[start:end]
-        return {**place, "input_ids": encoded.input_ids, "labels": labels}
+        labels = np.where(encoded.weights() > 0, encoded.input_ids, IGNORE_INDEX)
+        return {**place, "input_ids": encoded.input_ids, "labels": labels.tolist()}
     assert isinstance(encoded, EncodedPreference), "only kept rows are dumped"
     ids = {"prompt_ids": encoded.prompt_ids, "chosen_ids": encoded.chosen_ids, "rejected_ids": encoded.rejected_ids}
     return {**place, **ids}

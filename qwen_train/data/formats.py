@@ -38,6 +38,11 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error of another library with its type, at most `limit` characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+
+
 class RowError(ValueError):
     """One row cannot be used: `reason` is a short key to count by, `drop` says it is left out rather than an error."""
 
@@ -208,7 +213,7 @@ def content_hash(path: str) -> str:
 
 
 def read_rows(source: int, path: str) -> Iterator[RawRow]:
-    """Every row of a source in order; a row that is no JSON object arrives with its `error` set and is not lost."""
+    """Every row of a source in order; a row that is not a JSON object arrives with its `error` set and is not lost."""
     kind = source_kind(path)
     if kind == "lines":
         yield from _read_lines(source, path)
@@ -241,7 +246,7 @@ def _read_json(source: int, path: str) -> Iterator[RawRow]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     if not text.lstrip().startswith("["):
         first_line = text.lstrip().split("\n", 1)[0]
-        if _json_problem(first_line) is None or _json_problem(text) is not None:
+        if _is_json(first_line) or not _is_json(text):
             yield from _read_lines(source, path)
         else:
             yield RawRow(source, path, 0, text, has_lines=False)
@@ -267,12 +272,12 @@ def _load_arrow(path: str) -> Any:
         try:
             return datasets.Dataset.from_parquet(files)
         except Exception as error:  # pyarrow and datasets raise a dozen types for an unreadable file
-            raise ValueError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
+            raise ValueError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
     if kind == "folder":
         try:
             loaded = datasets.load_from_disk(expanded)
         except Exception as error:
-            raise ValueError(f"{path}: not a readable `datasets` folder: {_one_line(error)}") from error
+            raise ValueError(f"{path}: not a readable `datasets` folder: {one_line(error)}") from error
         splits = loaded if isinstance(loaded, dict) else {"train": loaded}
         if len(splits) == 1:
             return next(iter(splits.values()))
@@ -283,12 +288,8 @@ def _load_arrow(path: str) -> Any:
     try:
         return datasets.load_dataset(name, split=split or "train")
     except Exception as error:
-        reason = _one_line(error)
-        raise ValueError(f"{path}: no such file, and no data set of the hub: {reason}; see to the name") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = one_line(error)
+        raise ValueError(f"{path}: no such file, and no data set of the hub: {reason}; check the name") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -307,14 +308,20 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _loads(text: str) -> Any:
-    """JSON as the standard has it, at most MAX_DEPTH deep: what renders and counts values later recurses."""
-    value = json.loads(text, parse_constant=_refuse_constant)
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        level = [value]
-        for _ in range(MAX_DEPTH):
-            level = [child for item in level for child in _children(item)]
-        if level:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    """JSON as the standard has it, at most MAX_DEPTH deep: what renders and counts values later recurses.
+
+    Raises ValueError with the problem in one line.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            level = [value]
+            for _ in range(MAX_DEPTH):
+                level = [child for item in level for child in _children(item)]
+            if level:
+                raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"malformed JSON: {one_line(error).partition(': ')[2]}") from None
     return value
 
 
@@ -322,20 +329,20 @@ def _children(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _json_problem(text: str) -> str | None:
+def _is_json(text: str) -> bool:
     try:
         _loads(text)
-    except (ValueError, RecursionError) as error:
-        return f"malformed JSON: {_one_line(error).partition(': ')[2]}"
-    return None
+    except ValueError:
+        return False
+    return True
 
 
 def parse_row(text: str, kind: Kind, format: str = "auto") -> Conversation | Preference:
     """One JSON text -> `Conversation` (kind "sft") or `Preference` (kind "dpo"), or RowError."""
     try:
         row = _loads(text)
-    except (ValueError, RecursionError):
-        raise RowError("bad_json", str(_json_problem(text))) from None
+    except ValueError as error:
+        raise RowError("bad_json", str(error)) from None
     if not isinstance(row, dict):
         raise RowError("bad_json", f"a row must be a JSON object, got {type(row).__name__}")
     name = detect_format(row, kind) if format == "auto" else format
@@ -362,22 +369,16 @@ def check_format(format: str, kind: Kind) -> None:
     """ValueError unless `format` is "auto" or a format of this kind."""
     known = [name for name, entry in FORMATS.items() if entry.kind == kind]
     if format != "auto" and format not in known:
-        raise ValueError(f"data.format: {format!r} is no format of {kind} rows; use auto or one of {', '.join(known)}")
+        raise ValueError(
+            f"data.format: {format!r} is not a format of {kind} rows; use auto or one of {', '.join(known)}"
+        )
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def _messages(value: Any, name: str) -> list[Message]:
-    """A list of messages with roles, contents, tool calls and weights validated and brought to one form."""
-    if not isinstance(value, list):
-        raise RowError("bad_messages", f"{name} must be a list of messages, got {type(value).__name__}")
-    if not value:
-        raise RowError("empty_messages", f"{name} is empty")
-    return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
-
-
 def _message(value: Any, name: str) -> Message:
+    """A message with role, content, tool calls and weight validated and brought to one form."""
     if not isinstance(value, dict):
         raise RowError("bad_messages", f"{name} must be an object with role and content, got {type(value).__name__}")
     role = value.get("role")
@@ -410,6 +411,14 @@ def _message(value: Any, name: str) -> Message:
     if (weight := _weight(value, name)) is not None:
         message["weight"] = weight
     return message
+
+
+def _messages(value: Any, name: str, parse: Callable[[Any, str], Message] = _message) -> list[Message]:
+    if not isinstance(value, list):
+        raise RowError("bad_messages", f"{name} must be a list of messages, got {type(value).__name__}")
+    if not value:
+        raise RowError("empty_messages", f"{name} is empty")
+    return [parse(item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
 def _content(message: dict[str, Any], name: str, optional: bool) -> str:
@@ -467,8 +476,8 @@ def _tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
 def _json_value(text: str, name: str, reason: str) -> Any:
     try:
         return _loads(text)
-    except (ValueError, RecursionError):
-        raise RowError(reason, f"{name} is no JSON: {_json_problem(text)}") from None
+    except ValueError as error:
+        raise RowError(reason, f"{name} is not JSON: {error}") from None
 
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -619,28 +628,20 @@ def _sharegpt_message(value: Any, name: str) -> Message:
     return _message({**message, "role": "assistant", "content": "", "tool_calls": calls}, name)
 
 
-def _sharegpt_messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowError("bad_messages", f"{name} must be a list of messages, got {type(value).__name__}")
-    if not value:
-        raise RowError("empty_messages", f"{name} is empty")
-    return [_sharegpt_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
-
-
 def from_sharegpt(row: dict[str, Any]) -> Conversation:
     """`{"conversations": [{"from", "value"}], "system"?, "tools"?}`; a function_call's value is the call as JSON."""
-    return _conversation(_sharegpt_messages(row.get("conversations"), "conversations"), row)
+    return _conversation(_messages(row.get("conversations"), "conversations", _sharegpt_message), row)
 
 
 def from_sharegpt_preference(row: dict[str, Any]) -> Preference:
     """`{"conversations": [...], "chosen": {"from", "value"}, "rejected": {...}, "system"?, "tools"?}`."""
-    prompt = _sharegpt_messages(row.get("conversations"), "conversations")
+    prompt = _messages(row.get("conversations"), "conversations", _sharegpt_message)
     answers = []
     for name in ("chosen", "rejected"):
         value = row.get(name)
         if isinstance(value, str):
             value = {"from": "gpt", "value": value}
-        answers.append(_sharegpt_messages(value if isinstance(value, list) else [value], name))
+        answers.append(_messages(value if isinstance(value, list) else [value], name, _sharegpt_message))
     return _preference(prompt, answers[0], answers[1], row)
 
 

@@ -3,7 +3,7 @@
 Shape letters: T packed tokens, S supervised tokens, N attention segments, K gathered keys, L tokens of one sequence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,7 +149,7 @@ def pack_pairs(pairs: Sequence[tuple[IntArray, IntArray, IntArray]], rows: Seque
     if not pairs:
         return replace(empty_batch(), kv_index=torch.zeros(1, dtype=torch.int64)) if share_prompt else empty_batch()
     if not share_prompt:
-        sequences = [_supervised_answer(prompt, answer) for prompt, *answers in pairs for answer in answers]
+        sequences = [supervised_answer(prompt, answer) for prompt, *answers in pairs for answer in answers]
         return replace(pack_sequences(sequences, range(len(sequences))), rows=tuple(int(row) for row in rows))
     parts = np.array([[len(part) for part in pair] for pair in pairs])  # [P, 3]
     assert parts.min() > 0, "prompt, chosen and rejected must each hold a token"
@@ -225,12 +225,21 @@ def _batch(
     )
 
 
-def _supervised_answer(prompt: IntArray, answer: IntArray) -> tuple[IntArray, FloatArray]:
-    """A prompt and its answer as one sequence of which the answer is supervised."""
+def supervised_answer(
+    prompt: IntArray | Sequence[int], answer: IntArray | Sequence[int]
+) -> tuple[IntArray, FloatArray]:
+    """A prompt and its answer as one sequence, for `pack_sequences`, of which the answer is supervised."""
     assert len(prompt) > 0 and len(answer) > 0, "prompt, chosen and rejected must each hold a token"
-    weights = np.zeros(len(prompt) + len(answer), dtype=np.float32)
-    weights[len(prompt) :] = 1
-    return np.concatenate([prompt, answer]), weights
+    length = len(prompt) + len(answer)
+    return np.concatenate([prompt, answer]), token_weights(length, [(len(prompt), length, 1.0)])
+
+
+def token_weights(length: int, spans: Iterable[tuple[int, int, float]]) -> FloatArray:
+    """Weight of each of ``length`` tokens, given those that are supervised as (start, end, weight). [L], float32."""
+    weights = np.zeros(length, dtype=np.float32)
+    for start, end, weight in spans:
+        weights[start:end] = weight
+    return weights
 
 
 def _offsets(lengths: IntArray) -> IntArray:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwen_train.config import SFTConfig
-from qwen_train.data.packing import Batch, FloatArray, IntArray, pack_pairs, pack_sequences
+from qwen_train.data.packing import Batch, FloatArray, IntArray, pack_pairs, pack_sequences, token_weights
 
 Collate = Callable[[Sequence[int]], Batch]
 """Data set rows -> one packed row; no rows at all give the empty batch."""
@@ -59,7 +59,7 @@ class Stream:
     """``stream[step]``: the micro-batches of one rank. Batches are consecutive stretches of the endless row of epochs.
 
     An epoch holds floor(w) copies of every row of a source with weight w and, for the fraction, a seeded subset of its
-    rows that is drawn anew each epoch; ``shuffle`` permutes it by (seed, epoch), otherwise rows keep the file's order.
+    rows that is drawn again each epoch; ``shuffle`` permutes it by (seed, epoch), otherwise rows keep the file's order.
     With ``epochs`` the stream ends there and its last step may be smaller; without, it wraps for ever, and ``steps``
     says how many of its steps the training takes.
     """
@@ -275,10 +275,7 @@ def collate_conversations(dataset: Any) -> Collate:
         sequences = []
         spans = (fetched["span_starts"], fetched["span_ends"], fetched["span_weights"])
         for ids, starts, ends, span_weights in zip(fetched["input_ids"], *spans, strict=True):
-            weights = np.zeros(len(ids), dtype=np.float32)
-            for start, end, weight in zip(starts, ends, span_weights, strict=True):
-                weights[start:end] = weight
-            sequences.append((ids, weights))
+            sequences.append((ids, token_weights(len(ids), zip(starts, ends, span_weights, strict=True))))
         return pack_sequences(sequences, rows)
 
     return collate
@@ -298,14 +295,9 @@ def collate_preferences(dataset: Any, share_prompt: bool) -> Collate:
     return collate
 
 
-def column(dataset: Any, name: str) -> np.ndarray:
-    """A column of numbers as one array."""
-    return dataset.with_format("numpy", columns=[name])[:][name]
-
-
 def packed_lengths(dataset: Any, share_prompt: bool = True) -> IntArray:
     """Packed tokens of each row: its ``length``, and the prompt once more for a pair that does not share it."""
-    lengths = column(dataset, "length").astype(np.int64)
+    lengths = dataset.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)
     return lengths if share_prompt else lengths + _list_lengths(dataset, "prompt_ids")
 
 
@@ -345,7 +337,7 @@ def prefetch(stream: Stream, steps: Sequence[int], workers: int) -> Iterator[tup
                 done += 1
                 yield item
                 if stream.tokens_per_microbatch != budget:
-                    break  # what comes next is cut by the old budget: workers that know the new one begin anew
+                    break  # what comes next is cut by the old budget: workers that know the new one begin again
 
 
 def _collated_by_workers(stream: Stream, steps: Sequence[int], workers: int) -> Generator[tuple[int, MicroBatches]]:

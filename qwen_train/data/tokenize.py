@@ -105,13 +105,17 @@ class JudgedRow:
     source: int
     path: str
     row: int
-    place: str
+    has_lines: bool
     status: Status
     reason: str = ""
     message: str = ""
     notes: dict[str, int] = field(default_factory=dict)
     parsed: Conversation | Preference | None = None
     encoded: EncodedConversation | EncodedPreference | None = None
+
+    @property
+    def place(self) -> str:
+        return row_place(self.path, self.row, self.has_lines)
 
 
 @dataclass
@@ -125,7 +129,6 @@ class TokenReport:
     supervised_tokens: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
-    kept_by_source: dict[str, int] = field(default_factory=dict)
     lines: list[bool] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -210,7 +213,7 @@ def judge(
     format: str = "auto",
     name: str = "data.train",
 ) -> Iterator[JudgedRow]:
-    """Every row's verdict in order; ValueError only for what is no row's fault (a missing file, no template)."""
+    """Every row's verdict in order; ValueError only for what is not a row's fault (a missing file, no template)."""
     sources = formats.sources_of(paths, kind, format, name)
     judging = _Judge(kind, tokenizer, options, format)
     rows = (row for index, source in enumerate(sources) for row in read_rows(index, source.path))
@@ -248,7 +251,7 @@ class _Judge:
         encoded = iter(self.template.encode(self.kind, good, self.options))
         judged = []
         for row, item in zip(rows, parsed, strict=True):
-            place = (row.source, row.path, row.row, row.place)
+            place = (row.source, row.path, row.row, row.has_lines)
             record = None if isinstance(item, RowError) else item
             result = item if isinstance(item, RowError) else next(encoded)
             if isinstance(result, RowError):
@@ -265,7 +268,7 @@ class _Judge:
         ]
         encode = _conversation_columns if self.kind == "sft" else _preference_columns
         table: dict[str, list[Any]] = {name: [] for name in (*COLUMNS[self.kind], *VERDICT_COLUMNS)}
-        for raw, verdict in zip(rows, self.verdicts(rows), strict=True):
+        for verdict in self.verdicts(rows):
             values = encode(verdict.encoded) | {
                 "source": verdict.source,
                 "row": verdict.row,
@@ -273,7 +276,7 @@ class _Judge:
                 "reason": verdict.reason,
                 "message": verdict.message,
                 "notes": json.dumps(verdict.notes),
-                "has_lines": raw.has_lines,
+                "has_lines": verdict.has_lines,
             }
             for name, column in table.items():
                 column.append(values[name])
@@ -402,7 +405,6 @@ def _reported(kind: Kind, table: Any, sources: list[formats.Source]) -> tuple[To
             notes[note] += value * count
     report.notes = dict(notes)
     report.tokens = int(table.data.column("length").to_numpy().sum())
-    report.kept_by_source = {source.path: int((origin[keep] == index).sum()) for index, source in enumerate(sources)}
     report.supervised_tokens = _supervised(kind, table)
     return report, keep.tolist()
 

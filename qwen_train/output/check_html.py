@@ -8,16 +8,15 @@ from html import escape
 from itertools import groupby
 
 from qwen_train.data.chat import Template
-from qwen_train.data.check import LEVELS, Example, Part, Problem, Report, histogram
+from qwen_train.data.check import LEVELS, Example, Part, Problem, Report
 from qwen_train.output.check_view import (
     Grid,
     Segment,
-    bin_label,
+    bars,
     example_summary,
     grids,
     options_line,
     segments,
-    share,
     verdict,
     visible,
 )
@@ -94,8 +93,8 @@ def html_page(report: Report, title: str, template: Template) -> Iterator[str]:
         f'<div class="verdict {mark}">{_text(words)}</div>\n'
     )
     for grid in grids(report):
-        bars = "".join(_bars(report)) if grid.title == "Lengths" else ""
-        yield f"<section>\n<h2>{_text(grid.title)}</h2>\n{_table(grid)}{_caption(grid)}{bars}</section>\n"
+        drawn = "".join(_bars(report)) if grid.title == "Lengths" else ""
+        yield f"<section>\n<h2>{_text(grid.title)}</h2>\n{_table(grid)}{_caption(grid)}{drawn}</section>\n"
     yield from _problems(report)
     yield from _examples(report, template)
     yield "</main>\n</body>\n</html>\n"
@@ -125,20 +124,17 @@ def _table(grid: Grid) -> str:
 
 
 def _bars(report: Report) -> Iterator[str]:
-    limit = report.options.max_length
-    bins = histogram(report.splits[0].lengths, limit)
-    most, total, below = max((bin.count for bin in bins), default=1), sum(bin.count for bin in bins), 0
     yield f'<p class="part">{_text(report.splits[0].name)}: rows by tokens (count, share up to here)</p>\n'
     yield '<table class="bars"><tbody>\n'
-    for bin in bins:
-        below += bin.count
-        kind = "beyond" if bin.low >= limit else "limit" if bin.high == limit and bin is not bins[-1] else ""
-        bar = f'<div class="bar" style="width:{100 * bin.count / most:.2f}%"></div>' if bin.count else ""
+    shown = bars(report)
+    for bar in shown:
+        drawn = f'<div class="bar" style="width:{100 * bar.width:.2f}%"></div>' if bar.count else ""
         yield (
-            f'<tr class="{kind}"><td class=r>{bin_label(bin)}</td><td class=r>{bin.count:,}</td>'
-            f"<td class=r>{share(below, total)}</td><td>{bar}</td></tr>\n"
+            f'<tr class="{bar.mark}"><td class=r>{bar.label}</td><td class=r>{bar.count:,}</td>'
+            f"<td class=r>{bar.below}</td><td>{drawn}</td></tr>\n"
         )
-    cut = f"the dashed line is data.max_length, {limit:,}" if bins and bins[-1].high > limit else ""
+    has_line = any(bar.mark == "limit" for bar in shown)
+    cut = f"the dashed line is data.max_length, {report.options.max_length:,}" if has_line else ""
     yield f'</tbody></table><p class="soft">{cut}</p>\n'
 
 

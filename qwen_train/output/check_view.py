@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_train.data.chat import Template
-from qwen_train.data.check import LEVELS, Bin, Example, Level, Part, Report, Split, histogram, pair_statistics
+from qwen_train.data.check import LEVELS, Example, Level, Part, Report, Split, histogram, pair_statistics
 from qwen_train.data.check import percentiles as length_percentiles
+from qwen_train.data.packing import token_weights
 from qwen_train.data.tokenize import NOTES
 
 Mark = Literal["", "ok", "info", "warning", "error"]
@@ -121,7 +122,7 @@ def _checks(report: Report) -> Grid:
     for name in dict.fromkeys([*always, *noted]):
         if name not in TRIMMED:
             label, remark = NOTES.get(name, (name, ""))
-            add(label, remark, _note_of(name, report))
+            add(label, remark, _note_of(name))
     if report.kind == "dpo":
         add("chosen == rejected", "dropped", _reason_of("dropped", "identical_answers"))
         add("empty answers", "rows in error", _reason_of("error", "empty_answer"))
@@ -174,7 +175,7 @@ def _reason_of(level: Level, reason: str) -> Callable[[Split], tuple[str, Mark]]
     return lambda split: _count(split.reasons[level, reason], mark)
 
 
-def _note_of(name: str, report: Report) -> Callable[[Split], tuple[str, Mark]]:
+def _note_of(name: str) -> Callable[[Split], tuple[str, Mark]]:
     def show(split: Split) -> tuple[str, Mark]:
         note = split.notes.get(name)
         if note is None:
@@ -292,9 +293,7 @@ def visible(text: str) -> str:
 
 def segments(template: Template, part: Part) -> list[Segment]:
     """The text of a part cut where supervision or the kind of token changes; joined it is the decoded whole."""
-    weights = [0.0] * len(part.ids)
-    for start, end, weight in part.spans:
-        weights[start:end] = [weight] * (end - start)
+    weights = token_weights(len(part.ids), part.spans).tolist()
     control = set(template.tokenizer.get_added_vocab().values())
     spelt = re.compile("(" + "|".join(map(re.escape, template.control_tokens)) + ")")
     cut: list[Segment] = []
@@ -392,27 +391,43 @@ def _table(grid: Grid) -> Table:
     return table
 
 
-def _print_histogram(report: Report, console: Console) -> None:
-    bins = histogram(report.splits[0].lengths, report.options.max_length)
+@dataclass(frozen=True)
+class Bar:
+    """One bin of the training rows' lengths; `below` is the share of rows up to its end, `width` of the largest bin."""
+
+    label: str
+    count: int
+    below: str
+    width: float
+    mark: Literal["", "limit", "beyond"]
+    """beyond `data.max_length`; limit: the last bin up to it, where others follow."""
+
+
+def bars(report: Report) -> list[Bar]:
+    """The histogram of the training rows' lengths."""
+    limit = report.options.max_length
+    bins = histogram(report.splits[0].lengths, limit)
     most, total, below = max((bin.count for bin in bins), default=0), sum(bin.count for bin in bins), 0
-    console.print(Text(f"\n{report.splits[0].name}, rows by tokens", "bold"))
+    made = []
     for bin in bins:
         below += bin.count
-        beyond = bin.low >= report.options.max_length
-        bar = "█" * bar_width(bin, most, BAR)
-        line = f"{bin_label(bin):>15}  {bin.count:>9,}  {share(below, total):>7}  {bar}"
-        console.print(Text(line, "red" if beyond else "green"), soft_wrap=True)
-        if bin.high == report.options.max_length and bin is not bins[-1]:
+        mark: Literal["", "limit", "beyond"] = ""
+        if bin.low >= limit:
+            mark = "beyond"
+        elif bin.high == limit and bin is not bins[-1]:
+            mark = "limit"
+        made.append(Bar(f"{bin.low + 1:,}-{bin.high:,}", bin.count, share(below, total), bin.count / most, mark))
+    return made
+
+
+def _print_histogram(report: Report, console: Console) -> None:
+    console.print(Text(f"\n{report.splits[0].name}, rows by tokens", "bold"))
+    for bar in bars(report):
+        drawn = "█" * max(1, round(BAR * bar.width)) if bar.count else ""
+        line = f"{bar.label:>15}  {bar.count:>9,}  {bar.below:>7}  {drawn}"
+        console.print(Text(line, "red" if bar.mark == "beyond" else "green"), soft_wrap=True)
+        if bar.mark == "limit":
             console.print(Text(f"{'max_length':>15}  {'-' * (20 + BAR)}", "red"), soft_wrap=True)
-
-
-def bin_label(bin: Bin) -> str:
-    return f"{bin.low + 1:,}-{bin.high:,}"
-
-
-def bar_width(bin: Bin, most: int, full: int) -> int:
-    """At least 1 where there is a row."""
-    return max(1, round(full * bin.count / most)) if bin.count else 0
 
 
 def _print_problems(report: Report, console: Console) -> None:

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import Kind
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
-from qwen_train.data.packing import Batch, pack_sequences
+from qwen_train.data.packing import Batch, pack_sequences, supervised_answer
 from qwen_train.data.tokenize import JudgedRow, judge
 from qwen_train.model.adapters import (
     BASE,
@@ -257,22 +257,15 @@ def _sequences(encoded: EncodedConversation | EncodedPreference | None) -> list[
     if encoded is None:
         return []
     if isinstance(encoded, EncodedConversation):
-        weights = np.zeros(len(encoded.input_ids), dtype=np.float32)
-        for start, end, _ in encoded.spans:
-            weights[start:end] = 1
-        return [(np.array(encoded.input_ids), weights)]
-    return [_answered(encoded.prompt_ids, answer) for answer in (encoded.chosen_ids, encoded.rejected_ids)]
-
-
-def _answered(prompt: list[int], answer: list[int]) -> tuple[Any, Any]:
-    return np.array(prompt + answer), np.array([0.0] * len(prompt) + [1.0] * len(answer), dtype=np.float32)
+        return [(np.array(encoded.input_ids), (encoded.weights() > 0).astype(np.float32))]
+    return [supervised_answer(encoded.prompt_ids, answer) for answer in (encoded.chosen_ids, encoded.rejected_ids)]
 
 
 def _own_answers(model: PackedLM, tokenizer: PreTrainedTokenizerBase) -> Batch:
     template = Template(tokenizer)
     prompts = [template.prompt_ids([{"role": "user", "content": text}], None, ChatOptions()) for text in PROMPTS]
     answers = model.sample(prompts, ANSWER_TOKENS)
-    sequences = [_answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    sequences = [supervised_answer(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     return pack_sequences(sequences, range(len(sequences)))
 
 
