@@ -22,6 +22,7 @@ from qwen_train.model.load import load_model, load_tokenizer, special_tokens
 from qwen_train.model.memory import resolve_auto
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.distributed import Run
+from tests.preferences import edit_json
 from tests.scripts import TINY, read_metrics
 
 TOLERANCE = 1e-5  # relative to the largest value
@@ -228,6 +229,39 @@ def test_recomputed_layers_change_nothing(world: World, dropout: float):
     assert kept.log == recomputed.log
     for name, gradient in kept.gradients[-1].items():
         assert torch.equal(gradient, recomputed.gradients[-1][name]), name
+
+
+@pytest.fixture(scope="module")
+def masked_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with dropout in its attention."""
+    folder = shutil.copytree(TINY / "model", tmp_path_factory.mktemp("masked") / "model")
+    edit_json(folder / "config.json", attention_dropout=0.2)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [(), ("lora.enabled=false",)], ids=["lora", "full"])
+def test_recomputed_attention_drops_out_the_same(world: World, masked_attention: Path, arguments: tuple[str, ...]):
+    path, norms = f"model.path={masked_attention}", []
+    for layers in (0, LAYERS):
+        trained = world.train(path, "run.steps=1", f"model.checkpoint_layers={layers}", *arguments)
+        norms.append(trained.log[0]["train/grad_norm"])
+    assert norms[0] == norms[1]
+    assert norms[0] != world.train("run.steps=1", *arguments).log[0]["train/grad_norm"], "there are masks"
+
+
+def test_recomputed_layers_of_a_continued_adapter(world: World, on_start: tuple[str, ...]):
+    """Its dropout is its own; the config has none until `resolve_start` reads it."""
+    adapter = world.train("lora.dropout=0.3", "run.steps=1", *on_start).folder / "adapter"
+    continued = [f"model.adapter={adapter}", "model.adapter_start=continue", *on_start]
+    model, batch = world.load(*continued), packed(sequence(20, 1), sequence(40, 2))
+    gradients = []
+    for layers in (0, LAYERS):
+        model.layers.recompute(layers)
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(batch).logps.sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in trainable_parameters(model).items()})
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
 def test_recomputation_with_other_masks_would_show(world: World, monkeypatch: pytest.MonkeyPatch):

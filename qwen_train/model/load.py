@@ -150,7 +150,6 @@ def load_model(
         pad,
         config.data.max_length,
         compiled=config.model.compile,
-        dropout=config.lora.enabled and config.lora.dropout > 0,
         dtype=dtype,
         sharded=sharded,
         source=source,

@@ -49,15 +49,13 @@ class PackedLM(nn.Module):
         pad_token: int,
         max_length: int,
         compiled: bool = False,
-        dropout: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         sharded: bool = False,
         source: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`attention` is one of attention.py's backends; `dropout`: whether decoder layers draw masks in training.
+        """`attention` is one of attention.py's backends; `dtype` what FSDP2 computes in, where the model is `sharded`.
 
-        `dtype` is what FSDP2 computes in, where the model is `sharded`. Raises ValueError for a config that packed
-        attention would get wrong.
+        Raises ValueError for a config that packed attention would get wrong.
         """
         super().__init__()
         self.lm = lm
@@ -72,7 +70,7 @@ class PackedLM(nn.Module):
         self.sharded = sharded
         self.source = source
         keep_supervised_rows(self.causal_lm.model.layers[-1])  # what forward asks of it
-        self.layers = DecoderLayers(list(self.causal_lm.model.layers), compiled, dropout)
+        self.layers = DecoderLayers(list(self.causal_lm.model.layers), compiled, _draws_masks(self.causal_lm))
 
     @property
     def decoder_layer(self) -> str:
@@ -193,6 +191,12 @@ class PackedLM(nn.Module):
 
     def _until_end(self, ids: list[int]) -> list[int]:
         return ids[: ids.index(self.end_token) + 1] if self.end_token in ids else ids
+
+
+def _draws_masks(lm: PreTrainedModel) -> bool:
+    """Whether training draws dropout masks: an adapter's, a continued one's too, or those of the model's attention."""
+    layers = (module for module in lm.modules() if isinstance(module, nn.Dropout))
+    return lm.config.attention_dropout > 0 or any(layer.p > 0 for layer in layers)
 
 
 def trainable_parameters(model: PackedLM) -> dict[str, nn.Parameter]:
