@@ -20,7 +20,7 @@ from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 from qwen_train.config import ModelConfig, load_for_tool, tool_parser
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
-from qwen_train.data.formats import Source, data_splits, find_sources
+from qwen_train.data.sources import Source, data_splits, find_sources
 from qwen_train.data.tokenize import JudgedRow, judge
 from qwen_train.model.adapters import find_base
 from qwen_train.model.load import load_tokenizer

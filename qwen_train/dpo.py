@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qwen_train.config import DPOConfig, reference_source
 from qwen_train.data.chat import Template
-from qwen_train.data.formats import find_sources
 from qwen_train.data.packing import Batch
+from qwen_train.data.sources import find_sources
 from qwen_train.data.stream import (
     MicroBatches,
     Stream,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qwen_train.config import SFTConfig
 from qwen_train.data.chat import Template
-from qwen_train.data.formats import find_sources
 from qwen_train.data.packing import Batch
+from qwen_train.data.sources import find_sources
 from qwen_train.data.stream import MicroBatches, Stream, collate_conversations, prefetch
 from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer

@@ -26,7 +26,8 @@ from qwen_train.config import DataConfig, DPOConfig, SFTConfig, load_config, tas
 from qwen_train.data import check
 from qwen_train.data.chat import ChatOptions, EncodedConversation, Template
 from qwen_train.data.check import Part, Report, examine, histogram, pair_statistics, percentiles
-from qwen_train.data.formats import Source, parse_row
+from qwen_train.data.formats import parse_row
+from qwen_train.data.sources import Source
 from qwen_train.data.stream import Stream
 from qwen_train.data.tokenize import (
     JudgedRow,

@@ -26,7 +26,7 @@ OWNERS = {
     "flash_attn": ("qwen_train.model.attention",),
     "tensorboard": ("qwen_train.train.metrics",),
     "torch.utils.tensorboard": ("qwen_train.train.metrics",),
-    "datasets": ("qwen_train.data.formats",),
+    "datasets": ("qwen_train.data.sources",),
     "jsonargparse": ("qwen_train.config",),
 }
 CAN_RUN_CODE = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

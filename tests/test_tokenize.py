@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 
-from qwen_train.data import formats, tokenize
+from qwen_train.data import tokenize
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
 from qwen_train.data.formats import parse_row
 from qwen_train.data.tokenize import (
@@ -170,8 +170,8 @@ def test_errors_that_end_the_run(tmp_path: Path) -> None:
 
 def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     builds: list[int] = []
-    build = formats.build_table
-    monkeypatch.setattr(formats, "build_table", lambda *args, **more: builds.append(1) or build(*args, **more))
+    build = tokenize.build_table
+    monkeypatch.setattr(tokenize, "build_table", lambda *args, **more: builds.append(1) or build(*args, **more))
     return builds
 
 
@@ -247,14 +247,14 @@ def test_two_processes_race_to_one_folder(tmp_path: Path) -> None:
 
 def test_whoever_finishes_second_keeps_the_firsts_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = write(tmp_path / "a.jsonl", [chat_row("Hi", "Red.")]), tmp_path / "cache"
-    build, seen = formats.build_table, []
+    build, seen = tokenize.build_table, []
 
     def overtaken(*args: Any, **more: Any) -> Any:
-        monkeypatch.setattr(formats, "build_table", build)
+        monkeypatch.setattr(tokenize, "build_table", build)
         seen.append(run(path, cache).folder.stat().st_ino)
         return build(*args, **more)
 
-    monkeypatch.setattr(formats, "build_table", overtaken)
+    monkeypatch.setattr(tokenize, "build_table", overtaken)
     data = run(path, cache)
     assert len(data) == 1 and data.folder.stat().st_ino == seen[0]
     assert len(list((cache / "tokens").iterdir())) == 1

@@ -23,8 +23,9 @@ import numpy as np
 
 from qwen_train.config import DPOConfig, Kind, SFTConfig
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
-from qwen_train.data.formats import RowError, Source, data_splits, row_place
+from qwen_train.data.formats import RowError
 from qwen_train.data.packing import empty_batch
+from qwen_train.data.sources import Source, data_splits, row_place
 from qwen_train.data.stream import Stream, plan_microbatches
 from qwen_train.data.tokenize import JudgedRow
 

@@ -16,7 +16,6 @@ and appears by one rename when it is whole; a folder whose files do not match th
 
 import hashlib
 import importlib.metadata
-import inspect
 import itertools
 import json
 import logging
@@ -34,19 +33,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qwen_train.config import DataConfig, DataPaths, Kind
-from qwen_train.data import chat, formats
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
-from qwen_train.data.formats import (
-    Conversation,
-    Preference,
+from qwen_train.data.formats import Conversation, Preference, RowError, parse_row
+from qwen_train.data.scratch import MARK, clean_scratch, scratch_folder
+from qwen_train.data.sources import (
     RawRow,
-    RowError,
+    Source,
     TableColumn,
-    parse_row,
+    build_table,
+    content_hash,
+    load_table,
     read_rows,
     row_place,
+    save_table,
+    sources_of,
 )
-from qwen_train.data.scratch import MARK, clean_scratch, scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ NOTES: dict[str, tuple[str, str]] = {
     "whitespace_only_difference": ("answers that differ only in whitespace", "a pair that teaches nothing else"),
 }
 """Label and remark of the notes of `data/chat.py`; others show under their own name."""
+CODE = ("sources.py", "formats.py", "chat.py", "tokenize.py")
+"""What decides the content of the cache."""
 MAX_LISTED = 10
 ROWS_PER_WORKER = 1000
 BATCH_ROWS = 256
@@ -149,7 +152,7 @@ class TokenDataset:
 
     dataset: Any
     report: TokenReport
-    sources: list[formats.Source]
+    sources: list[Source]
     folder: Path
     fingerprint: str
 
@@ -183,7 +186,7 @@ def tokenize(
     name: str = "data.train",
 ) -> TokenDataset:
     """Rows as token arrays, from the cache where possible; ValueError lists rows in error (`name`: the field)."""
-    sources = formats.sources_of(paths, kind, format, name)
+    sources = sources_of(paths, kind, format, name)
     Template(tokenizer)  # an unusable template is refused before any work, and before an old cache is looked at
     judging = _Judge(kind, tokenizer, options, format)
     fingerprint = _fingerprint(sources, judging)
@@ -214,7 +217,7 @@ def judge(
     name: str = "data.train",
 ) -> Iterator[JudgedRow]:
     """Every row's verdict in order; ValueError only for what is not a row's fault (a missing file, no template)."""
-    sources = formats.sources_of(paths, kind, format, name)
+    sources = sources_of(paths, kind, format, name)
     judging = _Judge(kind, tokenizer, options, format)
     rows = (row for index, source in enumerate(sources) for row in read_rows(index, source.path))
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
@@ -309,7 +312,7 @@ def _preference_columns(encoded: Any) -> dict[str, Any]:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(sources: list[formats.Source], judging: _Judge) -> str:
+def _fingerprint(sources: list[Source], judging: _Judge) -> str:
     """Names the cache by all that decides its content: files, options, template, tokenizer, this code, libraries."""
     tokenizer = judging.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -317,25 +320,24 @@ def _fingerprint(sources: list[formats.Source], judging: _Judge) -> str:
         "kind": judging.kind,
         "format": judging.format,
         "options": asdict(judging.options),
-        "sources": [(source.path, formats.content_hash(source.path)) for source in sources],
+        "sources": [(source.path, content_hash(source.path)) for source in sources],
         "template": tokenizer.chat_template,
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else str(tokenizer),
         "special_tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        "code": [hashlib.sha256(inspect.getsource(module).encode()).hexdigest() for module in (formats, chat)],
-        "tokenize": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in CODE],
         "versions": [importlib.metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(sources: list[formats.Source], judging: _Judge, workers: int, folder: Path) -> None:
+def _build(sources: list[Source], judging: _Judge, workers: int, folder: Path) -> None:
     """Tokenise into a temporary folder beside `folder` and rename it there; whoever comes second keeps the first's."""
     try:
         with scratch_folder(folder) as work:
             raw = _RawRows(tuple(source.path for source in sources))
             if next(raw(), None) is None:
                 raise ValueError(f"{', '.join(source.path for source in sources)}: no row in it; give a file with rows")
-            table = formats.build_table(
+            table = build_table(
                 raw,
                 RAW_COLUMNS,
                 judging,
@@ -347,7 +349,7 @@ def _build(sources: list[formats.Source], judging: _Judge, workers: int, folder:
             )
             report, keep = _reported(judging.kind, table, sources)
             done = work / "done"
-            formats.save_table(table, keep, list(COLUMNS[judging.kind]), done)
+            save_table(table, keep, list(COLUMNS[judging.kind]), done)
             del table
             (done / "report.json").write_text(json.dumps(asdict(report), indent=1))
             manifest = {file.name: _file_hash(file) for file in sorted(done.iterdir())}
@@ -382,7 +384,7 @@ class _RawRows:
                 }
 
 
-def _reported(kind: Kind, table: Any, sources: list[formats.Source]) -> tuple[TokenReport, list[int]]:
+def _reported(kind: Kind, table: Any, sources: list[Source]) -> tuple[TokenReport, list[int]]:
     """The report and the indices of kept rows; ONE ValueError when rows are in error or none is left."""
     status = np.asarray(table["status"])
     report = TokenReport(kind, rows=len(status), lines=[False] * len(sources))
@@ -409,7 +411,7 @@ def _reported(kind: Kind, table: Any, sources: list[formats.Source]) -> tuple[To
     return report, keep.tolist()
 
 
-def _nothing_left(sources: list[formats.Source], reasons: str) -> str:
+def _nothing_left(sources: list[Source], reasons: str) -> str:
     names = ", ".join(source.path for source in sources)
     return f"{names}: no row is left to train on ({reasons}); raise data.max_length or give other data"
 
@@ -426,7 +428,7 @@ def _supervised(kind: Kind, table: Any) -> int:
     return ends - starts
 
 
-def _problems(table: Any, wrong: np.ndarray, sources: list[formats.Source], report: TokenReport) -> str:
+def _problems(table: Any, wrong: np.ndarray, sources: list[Source], report: TokenReport) -> str:
     lines = []
     for row in table.select(wrong[:MAX_LISTED]).remove_columns("notes"):
         place = row_place(sources[row["source"]].path, row["row"], report.lines[row["source"]])
@@ -450,7 +452,7 @@ def _load(folder: Path) -> tuple[Any, TokenReport]:
         if _file_hash(folder / file) != expected:
             raise ValueError(f"{file} does not match its checksum")
     report = TokenReport(**json.loads((folder / "report.json").read_text()))
-    return formats.load_table(folder), report
+    return load_table(folder), report
 
 
 def _file_hash(file: Path) -> str:

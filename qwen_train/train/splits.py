@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from qwen_train.config import SFTConfig
 from qwen_train.data.chat import ChatOptions
-from qwen_train.data.formats import data_splits
+from qwen_train.data.sources import data_splits
 from qwen_train.data.tokenize import TokenDataset, tokenize
 from qwen_train.train.distributed import Run
 

@@ -257,7 +257,7 @@ def test_a_file_of_spoilt_rows_is_judged_to_its_end(kind: Any, suffix: str, tmp_
     texts = [mutated_text(mutate(dice.choice(SFT_ROWS if kind == "sft" else DPO_ROWS), dice), dice) for _ in range(200)]
     path = tmp_path / f"rows.{suffix}"
     if suffix == "json":  # the file itself has to be one JSON list
-        texts = [text for text in texts if formats._is_json(text) and text.isprintable()]
+        texts = [text for text in texts if formats.is_json(text) and text.isprintable()]
         path.write_text(f"[{','.join(texts)}]")
     else:
         texts = [text for text in texts if text.strip()]

@@ -1,0 +1,354 @@
+"""Where rows come from: JSON, JSONL, Parquet, `datasets` folders and hub sets; and the token tables made of them.
+
+What a caller uses:
+- `data_splits(config)`: all rows that a training reads; `find_sources(config)`: their sources, each looked for;
+- `sources_of(...)`, `resolve_paths(...)`: one value of the config as `[Source(path, weight), ...]`;
+- `read_rows(source_index, path)`: `RawRow`s: the JSON text of one row and its place (`file:line`);
+- `build_table`, `save_table`, `load_table`: token tables, for `data/tokenize.py`.
+
+JSON and JSONL are read with `json` alone, so tool schemas and arguments that differ between rows (and the user's own
+nulls in them) pass unharmed; Arrow gives every struct of a column the same keys and fills the absent ones with null,
+which is undone here for Parquet, `datasets` folders and hub sets. Nothing else touches the `datasets` package.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen_train.config import DataPaths, DPOConfig, Kind, SFTConfig
+from qwen_train.data.formats import check_format, is_json, one_line, refuse_constant
+
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as JSON text, or the reason why it could not even be read; `row` counts from 0 (JSONL: line - 1)."""
+
+    source: int
+    path: str
+    row: int
+    text: str
+    has_lines: bool
+    error: tuple[str, str] | None = None
+
+    @property
+    def place(self) -> str:
+        return row_place(self.path, self.row, self.has_lines)
+
+
+def row_place(path: str, row: int, has_lines: bool) -> str:
+    """`file:line` for files of lines (1-based), `file: row n` (0-based, as in dumps) for all others."""
+    return f"{path}:{row + 1}" if has_lines else f"{path}: row {row}"
+
+
+def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.train") -> list[Source]:
+    """The config's value as a list of sources: a path, or a list of paths and `path: weight` entries.
+
+    A weight of 0 leaves the path out of training.
+    """
+    if paths is None or paths == "" or paths == []:
+        raise ValueError(f"{name}: no path given; give a file, a folder or a hub id")
+    entries = paths if isinstance(paths, list) else [paths]
+    sources: list[Source] = []
+    for entry in entries:
+        pairs = entry.items() if isinstance(entry, dict) else [(entry, 1.0)]
+        for path, weight in pairs:
+            if not isinstance(path, str) or not path.strip():
+                raise ValueError(
+                    f"{name}: a path must be a non-empty string, got {path!r}; give a file, folder or hub id"
+                )
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"{name}: the weight of {path!r} must be a number >= 0, got {weight!r}; 1 is one pass an epoch, "
+                    "0 leaves the path out"
+                )
+            sources.append(Source(path, float(weight)))
+    seen = [source.path for source in sources]
+    for path in seen:
+        if seen.count(path) > 1:
+            raise ValueError(f"{name}: {path!r} is listed {seen.count(path)} times; list it once, with a weight")
+    return sources
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Rows that a training reads: where they are, what they are, how they are written."""
+
+    paths: DataPaths
+    kind: Kind
+    format: str
+
+
+def data_splits(config: SFTConfig) -> dict[str, DataSplit]:
+    """All rows that a training of this config reads, by the name of the field; those it trains on come first."""
+    data = config.data
+    kind: Kind = "dpo" if isinstance(config, DPOConfig) else "sft"
+    splits = {"data.train": DataSplit(data.train, kind, data.format)}
+    if data.eval:
+        splits["data.eval"] = DataSplit(data.eval, kind, data.format)
+        if kind == "dpo" and data.eval_sft:
+            splits["data.eval_sft"] = DataSplit(data.eval_sft, "sft", "auto")
+    return splits
+
+
+def find_sources(config: SFTConfig) -> dict[str, list[Source]]:
+    """Sources of all rows that a training reads, by field name. Asks no network; ValueError for one that is not there,
+    or for a format that rows of its kind do not have."""
+    return {
+        name: sources_of(split.paths, split.kind, split.format, name) for name, split in data_splits(config).items()
+    }
+
+
+def sources_of(paths: DataPaths, kind: Kind, format: str, name: str) -> list[Source]:
+    """`find_sources` of one field's value."""
+    check_format(format, kind)
+    sources = resolve_paths(paths, name)
+    for source in sources:
+        source_kind(source.path, name)
+    return sources
+
+
+def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parquet", "folder", "hub"]:
+    """How a path will be read; ValueError when it is neither a readable file or folder nor a hub id."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        if (file / "state.json").exists() or (file / "dataset_dict.json").exists():
+            return "folder"
+        if any(file.glob("*.parquet")):
+            return "parquet"
+        raise ValueError(f"{name}: the folder {path!r} holds no `datasets` set and no .parquet file; name a file in it")
+    if file.exists():
+        suffix = file.suffix.lower()
+        if suffix in LINE_SUFFIXES:
+            return "lines"
+        if suffix == ".json":
+            return "json"
+        if suffix == ".parquet":
+            return "parquet"
+        raise ValueError(f"{name}: {path!r} has the unknown suffix {suffix!r}; use .jsonl, .json or .parquet")
+    looks_like_file = Path(path).suffix.lower() in (*LINE_SUFFIXES, ".json", ".parquet")
+    if looks_like_file or not HUB_ID.fullmatch(path):
+        raise ValueError(f"{name}: {path!r} does not exist; give a file, a folder or a hub id (name[:split])")
+    return "hub"
+
+
+def content_hash(path: str) -> str:
+    """sha256 of what a source holds: the bytes of its files; for a hub set the fingerprint that `datasets` gives it."""
+    if source_kind(path) == "hub":
+        return str(_load_arrow(path)._fingerprint)
+    digest = hashlib.sha256()
+    root = Path(path).expanduser()
+    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        if file.is_file():
+            digest.update(str(file.relative_to(root)).encode())
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_rows(source: int, path: str) -> Iterator[RawRow]:
+    """Every row of a source in order; a row that is not a JSON object arrives with its `error` set and is not lost."""
+    kind = source_kind(path)
+    if kind == "lines":
+        yield from _read_lines(source, path)
+    elif kind == "json":
+        yield from _read_json(source, path)
+    else:
+        for index, row in enumerate(_load_arrow(path)):
+            text = json.dumps(_without_nulls(row), default=str)
+            yield RawRow(source, path, index, text, has_lines=False)
+
+
+def _read_lines(source: int, path: str) -> Iterator[RawRow]:
+    with open(Path(path).expanduser(), "rb") as stream:
+        for index, line in enumerate(stream):
+            if not (line := line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip():
+                continue
+            try:
+                yield RawRow(source, path, index, line.decode(), has_lines=True)
+            except UnicodeDecodeError as error:
+                problem = ("bad_encoding", f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8")
+                yield RawRow(source, path, index, "", has_lines=True, error=problem)
+
+
+def _read_json(source: int, path: str) -> Iterator[RawRow]:
+    """A JSON list of objects; a file of one object a line is read as lines, a single object as one row."""
+    data = Path(path).expanduser().read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    if not text.lstrip().startswith("["):
+        first_line = text.lstrip().split("\n", 1)[0]
+        if is_json(first_line) or not is_json(text):
+            yield from _read_lines(source, path)
+        else:
+            yield RawRow(source, path, 0, text, has_lines=False)
+        return
+    try:
+        rows = json.loads(text, parse_constant=refuse_constant)
+        texts = [json.dumps(row) for row in rows]
+    except (ValueError, RecursionError) as error:
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        raise ValueError(f"{place}: malformed JSON: {error}; repair it, or save one object a line as .jsonl") from None
+    for index, row in enumerate(texts):
+        yield RawRow(source, path, index, row, has_lines=False)
+
+
+def _load_arrow(path: str) -> Any:
+    """A `datasets.Dataset` from Parquet, a save_to_disk folder, or a hub id with an optional :split."""
+    import datasets
+
+    kind = source_kind(path)
+    expanded = str(Path(path).expanduser())
+    if kind == "parquet":
+        files = sorted(glob.glob(f"{glob.escape(expanded)}/*.parquet")) if Path(expanded).is_dir() else [expanded]
+        try:
+            return datasets.Dataset.from_parquet(files)
+        except Exception as error:  # pyarrow and datasets raise a dozen types for an unreadable file
+            raise ValueError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
+    if kind == "folder":
+        try:
+            loaded = datasets.load_from_disk(expanded)
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable `datasets` folder: {one_line(error)}") from error
+        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+        if len(splits) == 1:
+            return next(iter(splits.values()))
+        if "train" not in splits:
+            raise ValueError(f"{path}: holds the splits {', '.join(splits)} and no train; name one split's folder")
+        return splits["train"]
+    name, _, split = path.partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        reason = one_line(error)
+        raise ValueError(f"{path}: no such file, and no data set of the hub: {reason}; check the name") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+# --- token tables --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """A column of a token table: its number type and whether a row holds a list of them."""
+
+    dtype: str
+    is_list: bool = False
+
+
+def _features(columns: dict[str, TableColumn]) -> Any:
+    import datasets
+
+    return datasets.Features(
+        {
+            name: datasets.List(datasets.Value(column.dtype)) if column.is_list else datasets.Value(column.dtype)
+            for name, column in columns.items()
+        }
+    )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    import datasets
+
+    hide = not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _one_tokenizer_thread_a_process(processes: int) -> Iterator[None]:
+    """Forked workers must not use the tokenizer's thread pool: it does not survive the fork, and warns."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    if processes > 1:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def build_table(
+    rows: Callable[[], Iterator[dict[str, Any]]],
+    row_columns: dict[str, TableColumn],
+    judge: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    out_columns: dict[str, TableColumn],
+    *,
+    workers: int,
+    rows_per_worker: int,
+    batch_size: int,
+    folder: Path,
+) -> Any:
+    """Rows through `judge` (batches in, batches out) in up to `workers` processes: a `datasets.Dataset` in `folder`."""
+    import datasets
+
+    with _without_bars():  # those of reading and saving speak of splits and shards that nobody asked for
+        try:
+            raw = datasets.Dataset.from_generator(
+                rows, features=_features(row_columns), cache_dir=str(folder / "raw"), fingerprint="raw"
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None  # what `rows` itself raised
+    processes = min(workers, len(raw) // rows_per_worker)
+    bars = nullcontext() if sys.stderr.isatty() else _without_bars()
+    with bars, _one_tokenizer_thread_a_process(processes):
+        return raw.map(
+            judge,
+            batched=True,
+            batch_size=batch_size,
+            num_proc=processes if processes > 1 else None,
+            remove_columns=list(row_columns),
+            features=_features(out_columns),
+            load_from_cache_file=False,
+            cache_file_name=str(folder / "judged.arrow"),
+            new_fingerprint="judged",
+            desc="tokenize",
+        )
+
+
+def save_table(table: Any, keep: list[int], columns: list[str], folder: Path) -> None:
+    """Write the kept rows and columns of a table as a `datasets` folder."""
+    with _without_bars():
+        table.select_columns(columns).select(keep).save_to_disk(str(folder))
+
+
+def load_table(folder: Path) -> Any:
+    """A folder of `save_table`, memory-mapped."""
+    import datasets
+
+    return datasets.load_from_disk(str(folder))

@@ -1,0 +1,140 @@
+"""Rows come from files, folders and the hub as they were written, each with its place."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from qwen_train.config import DataConfig, DPOConfig, SFTConfig
+from qwen_train.data.formats import Conversation, parse_row
+from qwen_train.data.sources import Source, find_sources, read_rows, resolve_paths
+
+U = {"role": "user", "content": "Hi"}
+A = {"role": "assistant", "content": "Hello."}
+
+
+def test_sources_are_looked_for_without_asking_anybody(tmp_path: Path) -> None:
+    there = tmp_path / "there.jsonl"
+    there.write_text("{}\n")
+    data = DataConfig(train=str(there), eval=[{"user/set:test": 2.0}], eval_sft=str(tmp_path / "gone.jsonl"))
+    assert find_sources(SFTConfig(data=data)) == {
+        "data.train": [Source(str(there))],
+        "data.eval": [Source("user/set:test", 2.0)],
+    }, "SFT reads no data.eval_sft"
+    with pytest.raises(ValueError, match=r"^data\.eval_sft: '.*gone\.jsonl' does not exist"):
+        find_sources(DPOConfig(data=data))
+    with pytest.raises(ValueError, match=r"^data\.format: 'alpaca' is not a format of dpo rows"):
+        find_sources(DPOConfig(data=replace(data, format="alpaca")))
+
+
+def test_paths() -> None:
+    assert resolve_paths("a.jsonl") == [Source("a.jsonl", 1.0)]
+    assert resolve_paths(["a.jsonl", {"b.json": 0.5, "c.json": 2, "d.json": 0}]) == [
+        Source("a.jsonl", 1.0),
+        Source("b.json", 0.5),
+        Source("c.json", 2.0),
+        Source("d.json", 0.0),
+    ]
+    bad: list[Any] = [
+        "",
+        [],
+        None,
+        [""],
+        [{"a": -1}],
+        [{"a": float("nan")}],
+        [{"a": float("inf")}],
+        [{"a": True}],
+        ["a", {"a": 2.0}],
+        [3],
+    ]
+    for paths in bad:
+        with pytest.raises(ValueError, match=r"^data\.train: "):
+            resolve_paths(paths)
+
+
+def places_and_rows(path: Any) -> list[tuple[str, Any]]:
+    return [(row.place.removeprefix(str(path)), json.loads(row.text)) for row in read_rows(0, str(path))]
+
+
+def test_lines_keep_their_numbers(tmp_path: Any) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"n": 1}\n\n  \n{"n": "\xe2\x80\xa8"}\r\n{"n": 3}')
+    assert places_and_rows(file) == [(":1", {"n": 1}), (":4", {"n": "\u2028"}), (":5", {"n": 3})]
+    file.write_bytes(b'{"n": 1}\n{"n": "\xff"}\n{"n": 3}\n')
+    rows = list(read_rows(0, str(file)))
+    assert [row.error and row.error[0] for row in rows] == [None, "bad_encoding", None]
+
+
+def test_json_lists_lines_and_single_objects(tmp_path: Any) -> None:
+    file = tmp_path / "a.json"
+    rows = [{"n": None, "m": {"x": None}}, {"n": 2}]
+    file.write_text(json.dumps(rows, indent=2))
+    assert places_and_rows(file) == [(": row 0", rows[0]), (": row 1", rows[1])]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert places_and_rows(file) == [(":1", rows[0]), (":2", rows[1])]
+    file.write_text(json.dumps(rows[0], indent=2))
+    assert places_and_rows(file) == [(": row 0", rows[0])]
+    file.write_text('[{"n": 1},\n {"n": }]')
+    with pytest.raises(ValueError, match=r"a\.json:2: malformed JSON"):
+        list(read_rows(0, str(file)))
+
+
+def test_arrow_nulls_are_removed_and_own_nulls_are_not(tmp_path: Any) -> None:
+    rows = [
+        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}]},
+        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"name": "g", "arguments": {"y": "a"}}]}]},
+    ]
+    table = datasets.Dataset.from_list(rows)
+    arguments = [row["messages"][1]["tool_calls"][0]["arguments"] for row in table]
+    assert arguments == [{"x": 1, "y": None}, {"x": None, "y": "a"}]  # what Arrow makes of it: the negative control
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "folder"))
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "splits"))
+    for name in ("a.parquet", "folder", "splits"):
+        assert [row for _, row in places_and_rows(tmp_path / name)] == rows
+    own = {"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": {"x": None, "y": [None, {}]}}]}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(own))
+    ((_, row),) = places_and_rows(tmp_path / "a.jsonl")
+    parsed = parse_row(json.dumps(row), "sft")
+    assert isinstance(parsed, Conversation)
+    call = parsed.messages[1]["tool_calls"][0]
+    assert call["function"]["arguments"] == {"x": None, "y": [None, {}]}
+
+
+def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"messages": [U, A]}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(list(read_rows(0, "org/set"))) == 1
+    assert len(list(read_rows(0, "org/set:test_sft"))) == 1
+    assert asked == [("org/set", "train"), ("org/set", "test_sft")]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing/file.json", "./nothing", "/no/where"])
+def test_missing_files_are_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        list(read_rows(0, name))
+
+
+def test_unreadable_sources(tmp_path: Any) -> None:
+    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.parquet").write_text("no parquet")
+    (tmp_path / "empty").mkdir()
+    datasets.DatasetDict(
+        {"a": datasets.Dataset.from_dict({"n": [1]}), "b": datasets.Dataset.from_dict({"n": [1]})}
+    ).save_to_disk(str(tmp_path / "splits"))
+    for name, problem in (
+        ("a.csv", "unknown suffix"),
+        ("a.parquet", "not a readable Parquet file"),
+        ("empty", "holds no"),
+        ("splits", "holds the splits a, b"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            list(read_rows(0, str(tmp_path / name)))
