@@ -147,7 +147,7 @@ class LoraConfig:
                 _unless(bool(targets), "lora.target_modules: no layer named; say all-linear"),
                 _pattern_problem(self.target_modules),
                 *(
-                    f"lora.target_modules: {name} cannot carry an adapter, since the chunked head reads its weight "
+                    f"lora.target_modules: {name} cannot have an adapter, since the chunked head reads its weight "
                     "directly; leave it out or train with lora.enabled false"
                     for name in targets
                     if name.split(".")[-1] in ("lm_head", "embed_tokens")
@@ -449,12 +449,11 @@ EMBEDDED = {SFTConfig: REPOSITORY / "configs/tiny/sft.yaml", DPOConfig: REPOSITO
 def _idle_fields(config: SFTConfig) -> dict[str, str]:
     """Fields that the other values leave without effect -> why."""
     idle: dict[str, str] = {}
+    of_adapter = [f"lora.{f.name}" for f in dataclasses.fields(LoraConfig) if f.name != "enabled"]
     if not config.lora.enabled:
-        others = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "enabled"]
-        idle |= dict.fromkeys([f"lora.{name}" for name in others], "lora.enabled is false")
+        idle |= dict.fromkeys(of_adapter, "lora.enabled is false")
     elif config.model.continues:
-        others = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "enabled"]
-        idle |= dict.fromkeys([f"lora.{name}" for name in others], "adapter_start continue keeps the adapter's own")
+        idle |= dict.fromkeys(of_adapter, "adapter_start continue keeps the adapter's own")
     if config.model.adapter is None:
         idle["model.adapter_start"] = "model.adapter names no adapter"
     if Path(config.model.path).is_dir():
@@ -536,7 +535,6 @@ def _shortened(line: str) -> str:
 
 
 def _load_config(config_class: type[Config], argv: list[str], embedded: bool) -> tuple[Config, list[str]]:
-    stem = config_class.__name__.removesuffix("Config").lower()
     files = [Path(path) for path in _values_of(argv, "--config")]
     by_default = not files and embedded
     if by_default:
@@ -547,20 +545,7 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
     on_command_line = {option for option in options if "." in option}
     for section in _sections(config_class).keys() & set(options):
         raise ValueError(f"{section}: is a section; give its fields, as --{section}.field value, or a file as --config")
-    argv = _one_length(argv, in_files, on_command_line)
-
-    parser = build_parser(config_class)
-    try:
-        namespace = parser.parse_args(argv)
-        config = parser.instantiate(namespace).as_dict()
-    except (argparse.ArgumentError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(_one_line(str(error), config_class)) from None
-    except OverflowError:  # an integer that no float can hold
-        texts = [*argv, *(path.read_text() for path in files)]
-        names = (match[1] for text in texts for match in re.finditer(r"([\w.]+)(?:=|: *)-?\d{300,}", text))
-        raise ValueError(f"{next(names, 'a number')}: is beyond 1e308; give a smaller number") from None
-    config.pop("config", None)
-    config = config_class(**config)
+    config = _parsed(config_class, _one_length(argv, in_files, on_command_line), files)
     notices: list[str] = []
     if files and files[0] == EMBEDDED[config_class]:
         config = _from_repository(config)
@@ -570,21 +555,48 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
             config, more = _from_tiny_sft(config)
             notices += more
     if config.run.name is None:
-        name = f"{files[-1].stem if files else stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        stem = files[-1].stem if files else config_class.__name__.removesuffix("Config").lower()
+        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+    return config, notices + _judge_idle(config, on_command_line, in_files)
 
-    idle = _idle_fields(config)
-    _refuse([f"{key}: has no effect, since {idle[key]}; leave it out" for key in sorted(on_command_line & idle.keys())])
+
+def _parsed(config_class: type[Config], argv: Sequence[str], files: Sequence[Path]) -> Config:
+    """What jsonargparse makes of a command line with its files. Raises ValueError in one line."""
+    parser = build_parser(config_class)
+    try:
+        namespace = parser.parse_args(argv)
+        fields = parser.instantiate(namespace).as_dict()
+    except (argparse.ArgumentError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(_one_line(str(error), config_class)) from None
+    except OverflowError:  # an integer that no float can hold
+        texts = [*argv, *(path.read_text() for path in files)]
+        names = (match[1] for text in texts for match in re.finditer(r"([\w.]+)(?:=|: *)-?\d{300,}", text))
+        raise ValueError(f"{next(names, 'a number')}: is beyond 1e308; give a smaller number") from None
+    fields.pop("config", None)
+    return config_class(**fields)
+
+
+def _judge_idle(config: SFTConfig, on_command_line: set[str], in_files: set[str]) -> list[str]:
+    """Refuse (ValueError) what the command line sets without effect; warnings, one a reason, of what a file does."""
+    idle, given = _idle_fields(config), as_dict(config)
     # A whole config, such as a run's own config.yaml, names every field: only what is set to something is worth a word.
-    unset = as_dict(config_class(data=DataConfig(train=config.data.train)))
-    given = as_dict(config)
-    warnings = [
-        f"{key}: has no effect, since {idle[key]}"
-        for key in sorted(in_files & idle.keys())
-        for section, name in [key.split(".")]
-        if given[section][name] != unset[section][name]
+    unset = as_dict(type(config)(data=DataConfig(train=config.data.train)))
+
+    def value(values: dict[str, dict[str, Any]], key: str) -> Any:
+        section, name = key.split(".")
+        return values[section][name]
+
+    refused = [key for key in sorted(on_command_line & idle.keys()) if value(given, key) is not None]
+    _refuse([f"{key}: has no effect, since {idle[key]}; leave it out" for key in refused])
+    warned: dict[str, list[str]] = {}
+    for key in sorted(in_files & idle.keys()):
+        if value(given, key) != value(unset, key):
+            warned.setdefault(idle[key], []).append(key)
+    return [
+        f"{', '.join(keys)}: {'has' if len(keys) == 1 else 'have'} no effect, since {reason}"
+        for reason, keys in warned.items()
     ]
-    return config, notices + warnings
 
 
 def task_of(files: Sequence[str], argv: Sequence[str]) -> Kind:
@@ -592,10 +604,9 @@ def task_of(files: Sequence[str], argv: Sequence[str]) -> Kind:
     sections = {word[2:].split(".")[0] for word in argv if word.startswith("--")}
     for file in files:
         try:
-            content = yaml.safe_load(Path(file).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            sections |= _read_yaml(Path(file)).keys()
+        except ValueError:
             return "sft"  # load_config says what is wrong with the file
-        sections |= content.keys() if isinstance(content, dict) else set()
     return "dpo" if sections & {"loss", "reference"} else "sft"
 
 
@@ -615,6 +626,10 @@ def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def load_for_tool(options: argparse.Namespace, others: Sequence[str]) -> tuple[Kind, SFTConfig, list[str]]:
     """The task, its config and the warnings of what `tool_parser` has parsed and left over. Raises ValueError."""
+    for name in (word.split("=")[0][2:] for word in others if word.startswith("--")):
+        if "." not in name and name not in _sections(DPOConfig):
+            near = difflib.get_close_matches(name, [option.replace("_", "-") for option in vars(options)], n=1)
+            raise ValueError(f"--{name}: no such option; {f'did you mean --{near[0]}?' if near else 'see --help'}")
     task = options.task or task_of(options.config, others)
     argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
     config, warnings = load_config(SFTConfig if task == "sft" else DPOConfig, argv)
@@ -639,18 +654,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
     """Dotted names of the fields a YAML file gives. Raises ValueError where it cannot be read or names no field."""
-    try:
-        text = path.read_text()
-        _refuse_depth(text, path)
-        content = yaml.load(text, _UniqueKeys)
-    except FileNotFoundError:
-        raise ValueError(f"--config: {path} does not exist; the shipped ones are in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config: {path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config: {path} must hold sections such as `model:`, got {type(content).__name__}")
     sections, names = _sections(config_class), set()
-    for section, fields in content.items():
+    for section, fields in _read_yaml(path).items():
+        if config_class is SFTConfig and section in ("loss", "reference"):
+            raise ValueError(f"{section}: {path} is a config of DPO; give it to launch/dpo.py")
         if section not in sections:
             raise ValueError(f"{section}: no such section in {path}{_nearest(str(section), list(sections))}")
         if not isinstance(fields, dict):
@@ -662,6 +669,21 @@ def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
         if name not in _field_types(config_class):
             raise ValueError(f"{name}: no such field in {path}{_nearest(name, list(_field_types(config_class)))}")
     return names
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    """What a YAML file holds, section by section. Raises ValueError."""
+    try:
+        text = path.read_text()
+        _refuse_depth(text, path)
+        content = yaml.load(text, _UniqueKeys)
+    except FileNotFoundError:
+        raise ValueError(f"--config: {path} does not exist; the shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config: {path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config: {path} must hold sections such as `model:`, got {type(content).__name__}")
+    return content
 
 
 def _refuse_depth(text: str, path: Path) -> None:

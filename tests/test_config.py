@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qwen_train import config as config_module
 from qwen_train import dpo, sft
-from qwen_train.config import TIMED_NAME, DPOConfig, SFTConfig, as_dict, load_config, to_yaml
+from qwen_train.config import (
+    EMBEDDED,
+    TIMED_NAME,
+    DPOConfig,
+    SFTConfig,
+    as_dict,
+    load_config,
+    load_for_tool,
+    to_yaml,
+    tool_parser,
+)
 from qwen_train.data import stream
 from qwen_train.data.chat import ChatOptions
 from qwen_train.data.tokenize import tokenize
@@ -33,8 +44,8 @@ from qwen_train.model.memory import resolve_auto
 from qwen_train.model.packed import trainable_parameters
 from qwen_train.train.distributed import Run
 from qwen_train.train.guard import judge
-from qwen_train.train.progress import Progress
 from qwen_train.train.optim import build_optimizer
+from qwen_train.train.progress import Progress
 from tests.scripts import ROOT, TINY, read_metrics
 
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "accelerate"]
@@ -244,7 +255,8 @@ BAD_FILES = [
     ("model: 3\n", "model: must hold fields, got 3 in bad.yaml; write them below it, or leave it out"),
     ("optim:\n", "optim: must hold fields, got None in bad.yaml; write them below it, or leave it out"),
     ("optm: {lr: 1}\n", "optm: no such section in bad.yaml; did you mean optim?"),
-    ("loss: {beta: 1}\n", "loss: no such section in bad.yaml; there are model, lora, data, batch, optim, run"),
+    ("zzz: {beta: 1}\n", "zzz: no such section in bad.yaml; there are model, lora, data, batch, optim, run"),
+    ("loss: {beta: 1}\n", "loss: bad.yaml is a config of DPO; give it to launch/dpo.py"),
     ("optim: {lrr: 1}\n", "optim.lrr: no such field in bad.yaml; did you mean optim.lr?"),
     ("optim: {lr: abc}\n", "optim.lr: expected a number, got 'abc'"),
     ("- a\n", "--config: bad.yaml must hold sections such as `model:`, got list"),
@@ -302,7 +314,45 @@ def test_idle_fields(config_class: type[SFTConfig], setting: tuple[str, ...], fi
         (tmp_path / "more.yaml").write_text(yaml.safe_dump({section: {field: value}}))
         files = ["--config", str(TINY / f"{stem}.yaml"), "--config", str(tmp_path / "more.yaml")]
         _, warnings = load_config(config_class, [*files, *others])
-        assert sum(warning.startswith(f"{name}: has no effect, since ") for warning in warnings) == 1
+        warned = [warning.split(":")[0].split(", ") for warning in warnings if "no effect, since " in warning]
+        assert sum(names.count(name) for names in warned) == 1
+
+
+def test_warnings_of_one_reason_are_one_line(tmp_path: Path):
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({"run": {"eval_every": 7, "eval_samples": 3}, "data": {"train": "x"}}))
+    _, warnings = load_config(SFTConfig, ["--config", str(path)])
+    assert warnings == ["run.eval_every, run.eval_samples: have no effect, since data.eval names no held-out data"]
+
+
+def test_switching_off_what_is_off_is_no_mistake(tmp_path: Path):
+    _, warnings = load_config(DPOConfig, ["--data.eval", "null", "--data.eval_sft", "null"])
+    assert not any("eval_sft" in warning for warning in warnings)
+    with pytest.raises(ValueError, match=r"^data\.eval_sft: has no effect"):
+        load_config(DPOConfig, ["--data.eval", "null", "--data.eval_sft", "x.jsonl"])
+
+
+def test_a_config_of_dpo_is_named_as_such():
+    with pytest.raises(ValueError, match=r"tiny/dpo\.yaml is a config of DPO; give it to launch/dpo\.py$"):
+        load_config(SFTConfig, ["--config", str(EMBEDDED[DPOConfig])])
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [("--shwo", "--shwo: no such option; did you mean --show?"), ("--x=1", "--x: no such option; see --help")],
+)
+def test_an_option_that_a_tool_has_not(word: str, said: str):
+    parser = tool_parser("tool", "")
+    parser.add_argument("--show")
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        load_for_tool(*parser.parse_known_args([word]))
+
+
+def test_a_tool_refuses_a_file_that_would_make_its_reader_recurse(tmp_path: Path):
+    path = tmp_path / "deep.yaml"
+    path.write_text("[" * 3000)
+    with pytest.raises(ValueError, match="is nested deeper than 20 levels"):
+        load_for_tool(*tool_parser("tool", "").parse_known_args(["--config", str(path)]))
 
 
 def test_active_fields_are_not_idle():
