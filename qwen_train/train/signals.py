@@ -35,7 +35,7 @@ class Signals:
 
     def __init__(self) -> None:
         if _launcher():  # a shell's end is no reason: plain `nohup python launch/sft.py &` goes on
-            _die_with_parent()
+            _die_with_parent(signal.SIGTERM)  # which the single-process launcher does not pass on
         self.received: signal.Signals | None = None
         self.is_training = False
         self._time = 0.0
@@ -68,10 +68,10 @@ class Signals:
             raise Interrupted(START_INTERRUPTED)
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies: the single-process launcher does not forward its own."""
+def _die_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel for this signal when the parent dies."""
     if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 @functools.cache
@@ -79,18 +79,27 @@ def _let_workers_die() -> None:
     """See to it that processes forked off (tokenising, collating) die when told, and with this one.
 
     A worker has no run of its own: with our handlers it would only take note of a signal, and never if it waits for a
-    lock. One that was forked in the moment of a signal is in nobody's books and would wait for work for ever.
+    lock. One that was forked in the moment of a signal is in nobody's books and would wait for work for ever. The end
+    of this process is SIGKILL for it: those that collate leave every other signal to us.
     """
+    parent = os.getpid()
+
+    def before() -> None:
+        nonlocal parent
+        parent = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def in_worker() -> None:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        _die_with_parent()
+        _die_with_parent(signal.SIGKILL)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
+        before=before,
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
         after_in_child=in_worker,
     )

@@ -1,13 +1,15 @@
 """kill -9 at any moment of a real run: the next start goes on, and the end is that of the run nobody touched."""
 
+import os
 import signal
+import time
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from tests.faults.runs import STEPS, Runs, kill_at, make_runs, same_end
-from tests.scripts import ScriptRunner, terminate_when
+from tests.scripts import ScriptRunner, num_lines, terminate_when
 
 pytestmark = pytest.mark.launch
 
@@ -62,6 +64,35 @@ def test_kill_9_at_a_random_moment(seed: int, runs: dict[str, Runs], whole: dict
     same_end(whole[kind], these.folder / name)
     if cache:
         assert [path.name for path in (these.folder / f"cache-{seed}/tokens").iterdir() if ".tmp-" in path.name] == []
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs: one that is dead and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_kill_9_leaves_no_worker_behind(runs: dict[str, Runs]):
+    """Not even one whose finished steps nobody takes any more: more than a pipe holds."""
+    these, workers = runs["sft"], []
+
+    def kill(pid: int) -> None:
+        terminate_when(lambda: num_lines(these.folder / "alone/metrics.jsonl") >= 3, 0)(pid)  # signal 0: only wait
+        workers.extend(int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        os.kill(pid, signal.SIGKILL)
+
+    large = ("--batch.sequences_per_step=360", "--batch.tokens_per_microbatch=8192")
+    result = these.run("alone", "--data.workers=2", "--run.steps=10000", *large, meanwhile=kill)
+    assert result.code == -signal.SIGKILL and len(workers) == 2, result.output
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in workers if alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
 
 
 def test_the_moments_reach_every_phase():
