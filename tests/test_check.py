@@ -575,6 +575,29 @@ def test_the_terminal_prints_a_limited_number_and_counts_the_rest(template, tmp_
     assert "NOT READY: 73 errors" in text
 
 
+@pytest.mark.parametrize("width", [40, 80, 90, 100, 120, 200])
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_no_number_is_cut_and_no_path_is_folded_at_any_width(kind, width, template, tmp_path):
+    """An 80-column terminal had 4,000 rows as 4,00."""
+    folder = tmp_path / "a" / "longer" / "folder" / "than" / "fits"
+    folder.mkdir(parents=True)
+    rows = [pair("Hi", "Red.", "Blue."), pair("Ho", "R", "B")] if kind == "dpo" else GOOD
+    report = examined(template, kind, [*rows, "{"], rows[:1], folder=folder)
+    for source in (source for split in report.splits for source in split.sources):
+        source.rows, source.tokens, source.supervised = 4_000, 248_149_000, 18_893_000
+    console = Console(file=(file := SimpleFile()), highlight=False, width=width)
+    print_report(report, "title", console)
+    words = " ".join(file.text.split())
+    for grid in check_view.grids(report):
+        for row in grid.rows:
+            for cell, side in zip(row, grid.align, strict=True):
+                if side == "r" and cell:
+                    assert re.search(rf"(?<!\S){re.escape(cell)}(?!\S)", words), f"{grid.title}: {cell} is cut"
+                if side == "p":
+                    assert cell in file.text, f"{grid.title}: {cell} is folded"
+    assert words.count("data.train") >= 3 and words.count("data.eval") >= 3
+
+
 def test_share_says_all_only_of_all():
     assert [share(*x) for x in ((5, 5), (99_999, 100_000), (0, 3), (0, 0))] == ["100 %", "99.9 %", "0.0 %", "-"]
 

@@ -48,7 +48,8 @@ th { text-align: left; color: var(--soft); font-weight: 600; font-size: 12.5px; 
 th, td { padding: 5px 12px 5px 0; vertical-align: top; }
 td { border-top: 1px solid var(--line); } tr:first-child > td { border-top: 0; }
 td:last-child, th:last-child { padding-right: 0; }
-.r { text-align: right; white-space: nowrap; } .l { overflow-wrap: anywhere; } .r + .l { padding-left: 16px; }
+.r { text-align: right; white-space: nowrap; } .l, .p { overflow-wrap: anywhere; }
+.r + .l, .r + .p { padding-left: 16px; } td.p { min-width: 220px; } td.r + td.l { min-width: 160px; }
 table.grid td.l:first-child { white-space: nowrap; } table.pairs { width: auto; min-width: 420px; }
 tr.ok > td:first-child::before, tr.warning > td:first-child::before, tr.error > td:first-child::before,
 tr.info > td:first-child::before { content: "\\25CF"; margin-right: 8px; }

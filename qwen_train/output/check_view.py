@@ -7,13 +7,16 @@ reaches the terminal.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
 from rich import box
+from rich.cells import cell_len
+from rich.columns import Columns
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +30,8 @@ Mark = Literal["", "ok", "info", "warning", "error"]
 PRINTED: dict[Level, int] = {"error": 50, "warning": 20, "dropped": 10, "trimmed": 10}
 """Problems of each level that go to the terminal."""
 BAR = 40
+MIN_TEXT = 20
+"""Columns of the terminal that a table's column of words may be folded to."""
 STYLES = {"ok": "green", "info": "", "warning": "yellow", "error": "bold red", "dropped": "cyan", "trimmed": "cyan"}
 TRIMMED = ("rows_trimmed", "turns_trimmed")
 """Notes that the table of rows counts already."""
@@ -34,7 +39,7 @@ TRIMMED = ("rows_trimmed", "turns_trimmed")
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of strings; `align` has l or r a column; `marks` a mark a row."""
+    """A table of strings; `align` has l (words), p (a place, kept whole) or r (numbers) a column; `marks` one a row."""
 
     title: str
     columns: list[str]
@@ -87,9 +92,9 @@ def _rows(report: Report) -> Grid:
             shown = [f"{count:,}" for count in counts + tokens]
             rows.append([split.name, source.path, f"{source.weight:g}", *shown, share(tokens[1], tokens[0])])
             marks.append("error" if source.errors else "")
-    columns = ["", "path", "weight", "rows", "kept", "trimmed", "dropped", "errors", "tokens", "supervised", ""]
+    columns = ["", "path", "weight", "rows", "kept", "trimmed", "dropped", "errors", "tokens", "supervised", "share"]
     caption = "trimmed rows are kept; tokens are those of kept rows, a pair's prompt counted once"
-    return Grid("Rows", columns, "ll" + 9 * "r", rows, marks, caption)
+    return Grid("Rows", columns, "lp" + 9 * "r", rows, marks, caption)
 
 
 def _reasons(report: Report) -> Grid:
@@ -102,7 +107,7 @@ def _reasons(report: Report) -> Grid:
         rows.append([level, reason, *counts, first])
         marks.append(level if level in ("error", "warning") else "info")
     columns = ["", "reason", *(split.name for split in report.splits), "first at"]
-    return Grid("What was found, by reason", columns, "ll" + "r" * len(report.splits) + "l", rows, marks)
+    return Grid("What was found, by reason", columns, "ll" + "r" * len(report.splits) + "p", rows, marks)
 
 
 def _checks(report: Report) -> Grid:
@@ -356,8 +361,7 @@ def print_report(report: Report, title: str, console: Console) -> None:
     console.print(Text(visible(title), "bold"), soft_wrap=True)
     console.print(Text(visible(options_line(report)), "dim"), soft_wrap=True)
     for grid in grids(report):
-        console.print()
-        console.print(_table(grid))
+        _print_grid(grid, console)
         if grid.caption:
             console.print(Text(grid.caption, "dim italic"))
         if grid.title == "Lengths":
@@ -373,22 +377,40 @@ def options_line(report: Report) -> str:
     return ", ".join(f"{key} {value}" for key, value in options if report.kind == "sft" or key != "supervise")
 
 
+def _print_grid(grid: Grid, console: Console) -> None:
+    """A grid as a table; row by row where a table of this width would cut a number or fold a place."""
+    console.print(Text(f"\n{grid.title}", "bold"))
+    if _least_width(grid) <= console.width:
+        console.print(_table(grid))
+        return
+    for cells, mark in zip(grid.rows, grid.marks, strict=True):
+        style = STYLES.get(mark, "")
+        named = [*zip(grid.columns, map(visible, cells), grid.align, strict=True)]
+        console.print(Text("  ".join(cell for _, cell, side in named if side == "l" and cell), style))
+        for name, place in ((name, cell) for name, cell, side in named if side == "p"):
+            console.print(Text(f"  {name} {place}", style), soft_wrap=True)
+        numbers = [Text(f"{name} {cell}", style) for name, cell, side in named if side == "r" and cell]
+        console.print(Padding(Columns(numbers, padding=(0, 2)), (0, 0, 0, 2)))
+
+
 def _table(grid: Grid) -> Table:
-    table = Table(
-        title=grid.title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        show_header=any(grid.columns),
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=any(grid.columns))
     for name, side in zip(grid.columns, grid.align, strict=True):
-        right = side == "r"
-        table.add_column(Text(name), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        table.add_column(Text(name), justify="right" if side == "r" else "left", no_wrap=side != "l", overflow="fold")
     for cells, mark in zip(grid.rows, grid.marks, strict=True):
         table.add_row(*(Text(visible(cell)) for cell in cells), style=STYLES.get(mark, ""))
     return table
+
+
+def _least_width(grid: Grid) -> int:
+    """Columns of the terminal that a table needs with its words folded and all else whole."""
+
+    def widest(cells: Iterable[str]) -> int:
+        return max(cell_len(visible(cell)) for cell in cells)
+
+    columns = zip(grid.align, zip(grid.columns, *grid.rows, strict=True), strict=True)
+    widths = [min(widest(cells), MIN_TEXT) if side == "l" else widest(cells) for side, cells in columns]
+    return sum(widths) + 3 * (len(widths) - 1)  # of SIMPLE_HEAD, between two columns
 
 
 @dataclass(frozen=True)
