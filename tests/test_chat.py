@@ -224,6 +224,18 @@ def test_supervise_and_weights() -> None:
     assert ignored.notes["weight_ignored"] == 1 and len(ignored.spans) == 1
 
 
+@pytest.mark.parametrize(
+    ("supervise", "weight", "counted"),
+    [("all", 0.0, 1), ("all", 0.5, 1), ("all", 1.0, 0), ("all", None, 0)]
+    + [("assistant", 0.0, 0), ("assistant", 0.5, 1), ("last", 1.0, 1), ("assistant", None, 0)],
+)
+def test_a_weight_that_a_message_asks_for_in_vain_is_counted(supervise: str, weight: Any, counted: int) -> None:
+    asked = user("Hi") if weight is None else {**user("Hi"), "weight": weight}
+    encoded = encode_one(template(), Conversation([asked, assistant("Red.")]), ChatOptions(supervise=supervise))
+    plain = encode_one(template(), Conversation([user("Hi"), assistant("Red.")]), ChatOptions(supervise=supervise))
+    assert encoded.notes.get("weight_ignored", 0) == counted and encoded.spans == plain.spans
+
+
 @pytest.mark.parametrize("options", [ChatOptions(), ChatOptions(supervise="last")])
 def test_no_supervised_token_is_an_error(options: ChatOptions) -> None:
     row = Conversation([user("Hi"), assistant("Red.", weight=0.0)])

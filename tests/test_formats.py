@@ -46,6 +46,10 @@ def sharegpt(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
         ({"messages": [U, {**A, "train": True, "weight": 0.5}]}, [U, {**A, "weight": 0.5}]),
         ({"messages": [U, {**A, "train": False, "weight": 0.5}]}, [U, {**A, "weight": 0.0}]),
         ({"messages": [U, {**A, "thinking": "hm"}]}, [U, {**A, "reasoning_content": "hm"}]),
+        ({"messages": [U, {**A, "reasoning_content": " ", "thinking": "hm"}]}, [U, {**A, "reasoning_content": "hm"}]),
+        ({"messages": [U, {**A, "reasoning": "", "thinking": "\n"}]}, [U, A]),
+        ({"messages": [U, {**A, "weight": 1e-30}]}, [U, {**A, "weight": 1e-30}]),
+        ({"messages": [U, {**A, "function_call": None}]}, [U, A]),
         ({"messages": [U, {**CALLING, "content": None}, RESULT, RESULT, A]}, [U, CALLING, RESULT, RESULT, A]),
         ({"messages": [U, {**CALLING, "tool_calls": [{"name": "f", "arguments": ARGUMENTS}]}]}, [U, CALLING]),
         ({"prompt": "Hi", "completion": "Hello."}, [U, A]),
@@ -115,6 +119,9 @@ def test_tools_as_text_and_as_nothing() -> None:
         ({"messages": [{"role": "user", "content": ""}, A]}, "empty_message"),
         ({"messages": [U, {**A, "weight": -1}]}, "bad_weight"),
         ({"messages": [U, {**A, "weight": True}]}, "bad_weight"),
+        ({"messages": [U, {**A, "weight": 1e-50}]}, "bad_weight"),
+        ({"messages": [U, {**A, "weight": 1e39}]}, "bad_weight"),
+        ({"messages": [U, {**A, "weight": 10**400}]}, "bad_weight"),
         ({"messages": [U, {**A, "train": 1}]}, "bad_weight"),
         ({"messages": [U, {**A, "reasoning_content": 3}]}, "bad_content"),
         ({"messages": [U, {"role": "system", "content": "S"}, A]}, "bad_order"),
@@ -128,6 +135,9 @@ def test_tools_as_text_and_as_nothing() -> None:
         ({"messages": [U, U]}, "no_assistant"),
         ({"messages": [{**U, "tool_calls": [CALL]}, A]}, "bad_tool_call"),
         ({"messages": [U, {**A, "tool_calls": "f()"}]}, "bad_tool_call"),
+        ({"messages": [U, {**A, "function_call": {"name": "f", "arguments": "{}"}}]}, "bad_tool_call"),
+        ({"messages": [U, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "bad_tool_call"),
+        ({"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": '{"x": 1e400}'}]}]}, "bad_tool_call"),
         ({"messages": [U, {**A, "tool_calls": [{"arguments": {}}]}]}, "bad_tool_call"),
         ({"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "bad_tool_call"),
         ({"messages": [U, {**A, "tool_calls": [{"name": "f", "arguments": [1]}]}]}, "bad_tool_call"),
@@ -216,7 +226,7 @@ def test_unknown_format_names_keys_and_formats() -> None:
         formats.check_format("preference", "sft")
 
 
-@pytest.mark.parametrize("text", ["{", '{"a": NaN}', "", '{"a": 1} x', "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", '{"a": NaN}', '{"a": 1e400}', '{"a": -1e400}', "", '{"a": 1} x', "[" * 100_000])
 def test_malformed_json(text: str) -> None:
     with pytest.raises(RowError) as caught:
         parse_row(text, "sft")

@@ -104,6 +104,14 @@ def test_arrow_nulls_are_removed_and_own_nulls_are_not(tmp_path: Any) -> None:
     assert call["function"]["arguments"] == {"x": None, "y": [None, {}]}
 
 
+def test_a_number_that_no_float_holds_is_refused_in_a_list_too(tmp_path: Any) -> None:
+    (tmp_path / "a.json").write_text('[{"n": 1e308},\n{"n": 1e400}]')
+    with pytest.raises(ValueError, match=r"a\.json: malformed JSON: the number 1e400 is beyond the range of a float"):
+        list(read_rows(0, str(tmp_path / "a.json")))
+    (tmp_path / "a.json").write_text('[{"n": 1e308}]')
+    assert [row for _, row in places_and_rows(tmp_path / "a.json")] == [{"n": 1e308}]
+
+
 def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -387,7 +387,8 @@ class Template:
         turns = self._checked_spans(ids, rendering.messages)
         assistants = [message for message in rendering.messages if message["role"] == "assistant"]
         notes = rendering.notes
-        ignored = sum(m.get("weight", 0.0) > 0 for m in rendering.messages if m["role"] != "assistant")
+        fixed = 1.0 if options.supervise == "all" else 0.0  # of all tokens outside the assistant's turns
+        ignored = sum(m.get("weight", fixed) != fixed for m in rendering.messages if m["role"] != "assistant")
         if ignored:
             notes["weight_ignored"] += ignored
         weighted = [

@@ -45,7 +45,7 @@ MAX_BINS = 20
 PLANNED_STEPS = 50
 LISTED_NOTES = {
     "whitespace_only_difference": "chosen and rejected differ only in whitespace",
-    "weight_ignored": "a weight stands on a message that is not the assistant's; it has no effect",
+    "weight_ignored": "train or weight stands on a message that is not the assistant's; it has no effect",
 }
 """Notes on a kept row that a person should look at, row by row; all others are only counted."""
 

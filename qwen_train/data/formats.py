@@ -19,6 +19,7 @@ ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MAX_MESSAGE = 600  # characters of an error about a row
 MAX_DEPTH = 100  # levels of lists and objects in a row
+LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30  # sums over a step of weights between these stay within fp32's range
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -67,13 +68,25 @@ def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def finite_float(text: str) -> float:
+    """A number of JSON; ValueError for 1e400 and its like, which would become an infinity that JSON cannot write."""
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text} is beyond the range of a float")
+    return value
+
+
+def loads(text: str) -> Any:
+    """JSON as the standard has it, its numbers finite; raises ValueError or RecursionError."""
+    return json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
+
+
 def _loads(text: str) -> Any:
-    """JSON as the standard has it, at most MAX_DEPTH deep: what renders and counts values later recurses.
+    """JSON at most MAX_DEPTH deep: what renders and counts values later recurses.
 
     Raises ValueError with the problem in one line.
     """
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = loads(text)
         if text.count("[") + text.count("{") > MAX_DEPTH:
             level = [value]
             for _ in range(MAX_DEPTH):
@@ -145,6 +158,8 @@ def _message(value: Any, name: str) -> Message:
     if role not in ROLES:
         raise RowError("bad_role", f"{name} has the role {role!r}; known roles: {', '.join(ROLES)}")
     message: Message = {"role": role}
+    if value.get("function_call"):
+        raise RowError("bad_tool_call", f"{name}.function_call is the old form of a call; write it as tool_calls")
     tool_calls = value.get("tool_calls")
     if tool_calls:
         if role != "assistant":
@@ -157,7 +172,7 @@ def _message(value: Any, name: str) -> Message:
                 raise RowError("bad_content", f"{name}.{key} must be text, got {type(reasoning).__name__}")
             if reasoning.strip():
                 message["reasoning_content"] = reasoning
-            break
+                break
     for key in ("name", "tool_call_id"):
         if value.get(key) is not None:
             if not isinstance(value[key], str):
@@ -201,13 +216,16 @@ def _content(message: dict[str, Any], name: str, optional: bool) -> str:
 
 
 def _weight(message: dict[str, Any], name: str) -> float | None:
-    """`train: false` is weight 0; `weight` is a finite number >= 0; None where the message says neither."""
+    """`train: false` is weight 0; `weight` is 0 or a number that fp32 holds; None where the message says neither."""
     train, weight = message.get("train"), message.get("weight")
     if train is not None and not isinstance(train, bool):
         raise RowError("bad_weight", f"{name}.train must be true or false, got {train!r}")
     if weight is not None:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise RowError("bad_weight", f"{name}.weight must be a finite number >= 0, got {weight!r}")
+        if weight and not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            limits = f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            raise RowError("bad_weight", f"{name}.weight must be 0 or {limits}, as fp32 needs it, got {weight!r}")
         return 0.0 if train is False else float(weight)
     return None if train is None else float(train)
 

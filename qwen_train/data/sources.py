@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_train.config import DataPaths, DPOConfig, Kind, SFTConfig
-from qwen_train.data.formats import check_format, is_json, one_line, refuse_constant
+from qwen_train.data.formats import check_format, is_json, loads, one_line
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -203,7 +203,7 @@ def _read_json(source: int, path: str) -> Iterator[RawRow]:
             yield RawRow(source, path, 0, text, has_lines=False)
         return
     try:
-        rows = json.loads(text, parse_constant=refuse_constant)
+        rows = loads(text)
         texts = [json.dumps(row) for row in rows]
     except (ValueError, RecursionError) as error:
         place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
