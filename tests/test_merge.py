@@ -4,8 +4,10 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen_train.config import LoraConfig
+from qwen_train.config import DPOConfig, LoraConfig
 from qwen_train.data.packing import Batch
 from qwen_train.model.adapters import (
     base_fingerprint,
@@ -23,9 +25,10 @@ from qwen_train.model.adapters import (
     merge_adapter,
     resolve_start,
 )
-from qwen_train.model.load import load_tokenizer
+from qwen_train.model.load import _adapted, load_model_config, load_tokenizer, place_of_weights
 from qwen_train.model.packed import load_trainable
-from qwen_train.output.merge import load_plainly, packed, score, write_joined
+from qwen_train.model.shapes import known_shape
+from qwen_train.output.merge import load_plainly, packed, roomiest_device, score, write_joined
 from tests.preferences import (
     batch_of,
     dpo_config,
@@ -98,6 +101,73 @@ def test_a_merge_start_is_the_adapters_policy(start: Path, base: str, batch: Bat
     model = load(dpo_config("--model.path", base, "--model.adapter", str(start)))
     assert gap(score(model, batch), plain(base, start, batch)) <= TOLERANCE
     assert gap(score(model, batch), plain(base, None, batch)) > 1e-2, "the adapter changes something"
+
+
+def nf4_start(start: Path, base: str) -> DPOConfig:
+    nf4 = ("--model.quantization", "nf4", "--model.dtype", "bfloat16", "--lora.r", "4")
+    return dpo_config("--model.path", base, "--model.adapter", str(start), *nf4)
+
+
+def test_an_nf4_merge_start_is_never_whole_on_the_gpu(start: Path, base: str, monkeypatch, tmp_path: Path) -> None:
+    """Read and merged on the CPU; each layer is quantised on its way. The meta device stands for a GPU."""
+    config, gpu = nf4_start(start, base), torch.device("meta")
+    maps, sent = [], []
+    read, to = AutoModelForCausalLM.from_pretrained, bnb.nn.Params4bit.to
+
+    def reading(*given: Any, **named: Any) -> Any:
+        maps.append(named["device_map"])
+        return read(*given, **named)
+
+    def sending(weight: bnb.nn.Params4bit, *where: Any, **named: Any) -> Any:
+        if not weight.bnb_quantized:
+            sent.append((weight.device, weight.dtype, *where))
+            to(weight, CPU)  # bitsandbytes quantises nothing on the meta device
+        return weight
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", reading)
+    monkeypatch.setattr(bnb.nn.Params4bit, "to", sending)
+    shape = load_model_config(config.model)
+    lm = _adapted(config, shape, load_tokenizer(config.model), gpu, tmp_path / "base", False, False)
+    assert maps == [{"": CPU}]
+    assert sent == [(CPU, torch.bfloat16, gpu)] * (7 * shape.num_hidden_layers)
+    rest = [name for name, p in lm.named_parameters() if p.device == CPU and "lora_" not in name]
+    assert len(rest) == len(sent) and all(name.endswith("_proj.base_layer.weight") for name in rest)
+
+
+def test_an_nf4_merge_start_quantises_the_merged_weights(start: Path, base: str) -> None:
+    model = load(nf4_start(start, base))
+    merged = merge_adapter(load_plainly(base, torch.bfloat16, CPU), start)
+    for name, linear in model.causal_lm.named_modules():
+        if isinstance(linear, bnb.nn.Linear4bit):
+            weight = merged.get_submodule(name.removesuffix(".base_layer")).weight
+            packed, _ = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            assert torch.equal(linear.weight, packed), name
+            assert linear.weight.quant_state.nested
+    assert torch.equal(model.causal_lm.lm_head.weight, merged.lm_head.weight)
+
+
+@pytest.mark.parametrize(("gigabytes", "place"), [(24, "cuda"), (16, "cpu")])
+def test_random_weights_of_nf4_are_drawn_where_there_is_room(gigabytes: int, place: str, monkeypatch, tmp_path) -> None:
+    """15.2 GB in bfloat16. Whatever is quantised while it is read, or not at all, stays on the GPU."""
+    cards = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: cards)
+    shape, gpu, base = known_shape("Qwen/Qwen2.5-7B"), torch.device("cuda"), tmp_path / "base"
+    drawn = dpo_config("--model.from_scratch", "true", "--model.quantization", "nf4", "--model.dtype", "bfloat16")
+    assert place_of_weights(drawn, shape, gpu, base).type == place
+    dense = dpo_config("--model.from_scratch", "true")
+    assert place_of_weights(dense, shape, gpu, base) == gpu
+    base.mkdir()
+    assert place_of_weights(drawn, shape, gpu, base) == gpu
+
+
+def test_a_second_copy_is_beside_the_model_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of an NF4 run, whose packed weights say nothing of a plain copy's: 2.5 bytes for each parameter."""
+    shape = known_shape("Qwen/Qwen2.5-72B")
+    packed_head = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+    lm: Any = SimpleNamespace(config=shape, lm_head=packed_head, parameters=lambda: iter([torch.empty(10)]))
+    for free, place in ((170e9, "cpu"), (185e9, "cuda")):  # 72.7 billion parameters
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        assert roomiest_device(lm).type == place
 
 
 def test_the_adapter_of_a_merge_start_holds_both_for_whoever_loads_it_plainly(

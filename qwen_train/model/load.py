@@ -37,8 +37,11 @@ from qwen_train.model.adapters import (
 from qwen_train.model.attention import resolve_attention
 from qwen_train.model.kernel_check import check_kernels
 from qwen_train.model.lora import fuse_lora, fuse_norms
+from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM
 
+DENSE_SHARE = 0.8
+"""Of a card's memory, what random weights may take before they are quantised."""
 FAMILIES = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>"}
 """transformers' model_type of each family that is trained, and the token that ends a turn of it."""
 
@@ -180,14 +183,14 @@ def _adapted(
     on_cpu: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Base weights, merged adapter, quantisation and the adapter to train; `on_cpu` reads weights into CPU memory."""
-    place = torch.device("cpu") if on_cpu and not config.model.from_scratch else device
+    place = place_of_weights(config, model_config, device, base, on_cpu)
     lm = _base_model(config, model_config, tokenizer, place, base, write_base=is_main and config.lora.enabled)
     if config.model.adapter is not None:
         check_base(config.model.adapter, config.model.path, config.model.revision)
         if config.model.adapter_start == "merge":
             lm = merge_adapter(lm, config.model.adapter)
     if config.model.quantization == "nf4" and not getattr(lm, "is_loaded_in_4bit", False):
-        quantize_nf4(lm)
+        quantize_nf4(lm, device)
     return _with_adapter(lm, config, frozen_copy)
 
 
@@ -214,7 +217,7 @@ def _base_model(
     write_base: bool,
 ) -> PreTrainedModel:
     dtype = getattr(torch, config.model.dtype)
-    if config.model.from_scratch and not base.exists():
+    if _draws(config, base):
         torch.manual_seed(config.run.seed)
         with torch.device(device):
             lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
@@ -239,10 +242,35 @@ def _base_model(
         ) from None
 
 
+def place_of_weights(
+    config: SFTConfig, model_config: Any, device: torch.device, base: Path, on_cpu: bool = False
+) -> torch.device:
+    """Where the weights are read or drawn: on `device`, or beside it if they are quantised only when they are whole.
+
+    So is a merge start, as the card of an NF4 run need not hold the model in bfloat16. Random weights stay on a card
+    that can: on the CPU they take minutes (20 million a second), and are others. `on_cpu`: weights are read there.
+    """
+    nf4 = config.model.quantization == "nf4"
+    if not _draws(config, base):
+        return torch.device("cpu") if on_cpu or (nf4 and _merges(config)) else device
+    if not nf4 or device.type != "cuda":
+        return device
+    room = DENSE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return device if 2 * Shape.of(model_config).parameters <= room else torch.device("cpu")
+
+
+def _merges(config: SFTConfig) -> bool:
+    return config.model.adapter is not None and config.model.adapter_start == "merge"
+
+
+def _draws(config: SFTConfig, base: Path) -> bool:
+    """Whether the base is drawn at random; otherwise it is read."""
+    return config.model.from_scratch and not base.exists()
+
+
 def _nf4_config(config: SFTConfig) -> BitsAndBytesConfig | None:
     """How transformers quantises while it loads; a merge start is quantised after the merge, by `quantize_nf4`."""
-    merging = config.model.adapter is not None and config.model.adapter_start == "merge"
-    if config.model.quantization != "nf4" or merging:
+    if config.model.quantization != "nf4" or _merges(config):
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -252,8 +280,8 @@ def _nf4_config(config: SFTConfig) -> BitsAndBytesConfig | None:
     )
 
 
-def quantize_nf4(lm: PreTrainedModel) -> None:
-    """Quantise the decoder's linear layers in place, one at a time; head, embeddings and norms stay as they are."""
+def quantize_nf4(lm: PreTrainedModel, device: torch.device) -> None:
+    """Quantise the decoder's linear layers in place, each on its way to `device`, and bring the rest there as it is."""
     import bitsandbytes as bnb  # costs seconds, and only this mode needs it
 
     for layer in lm.model.layers:
@@ -271,9 +299,10 @@ def quantize_nf4(lm: PreTrainedModel) -> None:
                 weight = bnb.nn.Params4bit(
                     linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
                 )
-                new.weight = weight.to(linear.weight.device)  # type: ignore[misc]  # quantises
+                new.weight = weight.to(device)  # type: ignore[misc]  # quantises
                 new.bias = linear.bias
                 layer.set_submodule(name, new)
+    lm.to(device)  # type: ignore[arg-type]
     lm.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT asks
 
 

@@ -35,6 +35,7 @@ from qwen_train.model.adapters import (
     without_adapters,
 )
 from qwen_train.model.load import special_tokens
+from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.output.export import shown_path, write_adapter, write_full_model, write_model_card
 from qwen_train.train.files import write_json_atomic
@@ -99,8 +100,9 @@ def roomiest_device(lm: PreTrainedModel) -> torch.device:
     device = lm.lm_head.weight.device
     if device.type != "cuda":
         return device
-    # 2 bytes a parameter of the plain copy, and a quarter for its activations.
-    needed = 2.5 * sum(tensor.numel() for tensor in lm.parameters())
+    # 2 bytes a parameter of the plain copy, and a quarter for its activations. NF4's own tensors are packed: the config
+    # tells how many parameters there are.
+    needed = 2.5 * Shape.of(lm.config).parameters
     return device if torch.cuda.mem_get_info(device)[0] > needed else torch.device("cpu")
 
 
