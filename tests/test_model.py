@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwen_train import sft
 from qwen_train.config import SFTConfig, load_config
@@ -436,6 +436,23 @@ def test_samples_are_the_likeliest_tokens(start: Trained):
             assert int(logits.argmax()) == token
     assert start.model.end_token not in answer[:-1]
     assert len(answer) == 12 or answer[-1] == start.model.end_token
+
+
+def test_samples_are_greedy_whatever_the_model_folder_says(start: Trained):
+    """Qwen2.5-7B-Instruct's generation_config.json punishes repetition by 1.05."""
+    lm, prompt = start.model.causal_lm, [5] * 9
+    plain = start.model.sample([prompt], 12)
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=12)
+    try:
+        assert start.model.sample([prompt], 12) == plain
+        assert lm.generation_config.repetition_penalty == 1.3, "afterwards it is the model's again"
+        with start.model._answering():  # the negative control
+            lm.generation_config = GenerationConfig(repetition_penalty=1.3)
+            punished = lm.generate(torch.tensor([prompt]), max_new_tokens=12, pad_token_id=start.model.pad_token)
+        assert punished[0, 9 : 9 + len(plain[0])].tolist() != plain[0]
+    finally:
+        lm.generation_config = own
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from qwen_train.data.packing import Batch
 from qwen_train.model.adapters import REFERENCE_ADAPTER
@@ -148,6 +148,9 @@ class PackedLM(nn.Module):
         def stopped(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
             return torch.full((len(ids),), stop(), dtype=torch.bool, device=ids.device)
 
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens, pad_token_id=self.pad_token, eos_token_id=self.end_token, do_sample=False
+        )
         lm = self.causal_lm
         device = lm.lm_head.weight.device
         answers: list[list[int]] = []
@@ -162,13 +165,7 @@ class PackedLM(nn.Module):
                 generated: Tensor = lm.generate(  # type: ignore[operator]
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=self.pad_token,
-                    eos_token_id=self.end_token,
+                    generation_config=greedy,
                     stopping_criteria=[stopped],
                     synced_gpus=self.sharded,
                 )
@@ -179,7 +176,9 @@ class PackedLM(nn.Module):
     @contextmanager
     def _answering(self) -> Iterator[None]:
         lm = self.causal_lm
-        implementation = lm.config._attn_implementation
+        implementation, generation = lm.config._attn_implementation, lm.generation_config
+        # generate() takes from the model's own what it is not given: Qwen2.5's penalty of repetition is not greedy.
+        lm.generation_config = GenerationConfig()
         lm.set_attn_implementation("sdpa")
         torch.compiler.set_stance("force_eager")
         try:
@@ -187,6 +186,7 @@ class PackedLM(nn.Module):
                 yield
         finally:
             torch.compiler.set_stance("default")
+            lm.generation_config = generation
             lm.set_attn_implementation(implementation)
 
     def _until_end(self, ids: list[int]) -> list[int]:
