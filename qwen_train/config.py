@@ -156,6 +156,11 @@ class LoraConfig:
         )
 
     @property
+    def beyond_plain(self) -> str | None:
+        """What is set of dropout and DoRA, which model/lora.py leaves to PEFT's own layers."""
+        return f"lora.dropout {self.dropout}" if self.dropout > 0 else "lora.use_dora true" if self.use_dora else None
+
+    @property
     def scale_numerator(self) -> float:
         return 2 * self.r if self.alpha is None else self.alpha
 
@@ -393,6 +398,11 @@ class SFTConfig:
                     self.lora.enabled or self.model.quantization == "none",
                     f"model.quantization: {self.model.quantization} weights cannot be trained, got lora.enabled false; "
                     "set lora.enabled true or quantization none",
+                ),
+                _unless(
+                    self.model.quantization != "fp8" or not self.lora.enabled or not self.lora.beyond_plain,
+                    f"model.quantization: fp8 takes plain LoRA only, got {self.lora.beyond_plain}; leave it out, or "
+                    "take nf4 or none",
                 ),
                 _unless(
                     tokens == "auto" or isinstance(self, DPOConfig) or tokens >= self.data.max_length,

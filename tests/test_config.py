@@ -227,6 +227,14 @@ MISTAKES = [
     ("--model.path=", "model.path: must name a hub id or a folder, got nothing; give one"),
     ("--model.dtype=fp16", "model.dtype: expected one of bfloat16, float32, got 'fp16'"),
     ("--model.quantization=nf4", "model.dtype: nf4 computes in bfloat16, got float32; set bfloat16"),
+    (
+        "--model.quantization=fp8 --model.dtype=bfloat16 --lora.dropout=0.1",
+        "model.quantization: fp8 takes plain LoRA only, got lora.dropout 0.1; leave it out, or take nf4 or none",
+    ),
+    (
+        "--model.quantization=fp8 --model.dtype=bfloat16 --lora.use_dora=true",
+        "model.quantization: fp8 takes plain LoRA only, got lora.use_dora true; leave it out, or take nf4 or none",
+    ),
     ("--optim.betas=[0.9]", "optim.betas: expected 2 values such as [0.9, 0.999], got '[0.9]'"),
     ("--optim.betas=[0.9, 1]", "optim.betas: both must be in [0, 1), got (0.9, 1.0); try [0.9, 0.999]"),
     ("--lora.r=-1", "lora.r: must be > 0, got -1; try 64, or lora.enabled false"),

@@ -223,7 +223,7 @@ def test_fp8_refuses_what_it_cannot_serve():
     config = SFTConfig(
         model=ModelConfig(path=str(TINY), from_scratch=True, quantization="fp8", compile=False, checkpoint_layers=0),
         data=DataConfig(train="x"),
-        lora=LoraConfig(r=8, dropout=0.1),
+        lora=LoraConfig(r=8, target_modules=["q_proj", "up_proj"]),
     )
     with pytest.raises(ValueError, match="fp8 needs plain LoRA"):
         load_model(config, load_tokenizer(config.model), torch.device("cpu"), Path("/nonexistent"), is_main=False)

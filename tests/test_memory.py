@@ -209,6 +209,51 @@ def test_what_cannot_fit_is_said_with_numbers(mode: str, given: dict[str, Any]):
     assert "\n" not in str(caught.value)
 
 
+FSDP, NF4, SHORTER = (
+    "more GPUs under configs/accelerate/fsdp2.yaml",
+    "model.quantization nf4",
+    "a smaller data.max_length",
+)
+RANK, CHUNK, IN_8BIT = "a smaller lora.r", "a smaller model.head_chunk", "optim.name adamw_8bit"
+
+
+@pytest.mark.parametrize(
+    ("free", "shards", "optim", "arguments", "remedies"),
+    [
+        (30, 1, "adamw", {"layers": 0, "tokens": 8192}, ["model.checkpoint_layers auto", NF4, FSDP, SHORTER]),
+        (20, 1, "adamw", {"layers": 0}, ["model.checkpoint_layers auto", NF4, FSDP, SHORTER]),
+        (20, 1, "adamw", {"tokens": 16384}, ["batch.tokens_per_microbatch auto", NF4, FSDP, SHORTER]),
+        (5, 2, "adamw", {}, [FSDP, SHORTER]),
+        (20, 1, "adamw", {"enabled": False}, [FSDP, "lora.enabled true", IN_8BIT]),
+        (20, 1, "adamw_8bit", {"enabled": False}, [FSDP, "lora.enabled true"]),
+        (20, 2, "adamw", {"enabled": False}, [FSDP, "lora.enabled true"]),
+        (6, 1, "adamw", {"quantization": "nf4"}, [RANK, SHORTER, CHUNK, IN_8BIT, "a smaller model"]),
+        (6, 1, "adamw_8bit", {"quantization": "nf4"}, [RANK, SHORTER, CHUNK, "a smaller model"]),
+    ],
+)
+def test_what_is_offered_can_be_taken(
+    free: float, shards: int, optim: Any, arguments: dict[str, Any], remedies: list[str]
+):
+    given = dataclasses.replace(config(**arguments), optim=OptimConfig(name=optim))
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        resolve_auto(given, 4096, SHAPE_7B, int(free * GIB), shards)
+    assert str(caught.value).split("; use ")[1].replace(", or ", ", ").split(", ") == remedies
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_targets_that_loading_would_refuse(quantization: str):
+    given = config(quantization, target_modules=["foo"])
+    with pytest.raises(ValueError, match=r"lora.target_modules: none of .* is meant by \['foo'\]; name linear layers"):
+        resolve_auto(given, 2048, SHAPE_7B, 80 * GIB)
+
+
+def test_fp8_needs_every_linear_layer():
+    partly = {"target_modules": ["q_proj", "v_proj"]}
+    resolve_auto(config(**partly), 2048, SHAPE_7B, 80 * GIB)
+    with pytest.raises(ValueError, match=r"fp8 needs an adapter on every linear layer, got .*\['q_proj', 'v_proj'\]"):
+        resolve_auto(config("fp8", **partly), 2048, SHAPE_7B, 80 * GIB)
+
+
 # --- components -------------------------------------------------------------------------------------------------------
 
 

@@ -224,6 +224,7 @@ def test_without_a_gpu_the_usual_cards_are_planned(monkeypatch: pytest.MonkeyPat
         (["--config", "none.yaml"], "none.yaml does not exist"),
         (["--optim.speed", "3"], "optim.speed: no such field"),
         (["--lora.target_modules", "("], "lora.target_modules: ( is no pattern"),
+        (["--lora.target_modules", "[foo]"], "lora.target_modules: none of the model's linear layers is meant by"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str):

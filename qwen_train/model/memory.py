@@ -157,10 +157,11 @@ def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recompute
     """Peak of a step with micro-batches of `tokens` tokens and `recomputed` of the layers recomputed in backward.
 
     `shards`: GPUs over which FSDP2 spreads the weights (HSDP: those of one replica); 1: each GPU holds them all.
+    Raises ValueError for an adapter that loading refuses.
     """
     shape, lora = Shape.of(model_config), config.lora.enabled
     size = 4 if config.model.dtype == "float32" else 2
-    adapter = shape.adapter(config.lora.r, config.lora.target_modules) if lora else 0
+    adapter = _adapter(config, shape) if lora else 0
     trained = adapter if lora else shape.parameters
     fp32_weights = lora or shards > 1 or size == 4  # trained weights that are their own masters
     moments = 2 if config.optim.name == "adamw_8bit" else 8
@@ -184,6 +185,23 @@ def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recompute
         working=max(working, last - activations),
         activations_per_token=per_token,
     )
+
+
+def _adapter(config: SFTConfig, shape: Shape) -> int:
+    """Parameters of the adapter. Raises ValueError for targets that the model has not, or that fp8 does not serve."""
+    targets = config.lora.target_modules
+    parameters = shape.adapter(config.lora.r, targets)
+    if not parameters:
+        raise ValueError(
+            f"lora.target_modules: none of the model's linear layers is meant by {targets}; name linear layers such as "
+            "q_proj, or all-linear"
+        )
+    if config.model.quantization == "fp8" and parameters < shape.adapter(config.lora.r, "all-linear"):
+        raise ValueError(
+            f"model.quantization: fp8 needs an adapter on every linear layer, got lora.target_modules {targets}; use "
+            "all-linear, or nf4"
+        )
+    return parameters
 
 
 def _kept_by_layer(config: SFTConfig, shape: Shape, size: int) -> int:
@@ -300,11 +318,11 @@ def resolve_auto(
         layers = min(recomputed_layers(config), model_config.num_hidden_layers)
         estimate = estimate_memory(config, model_config, longest, layers, shards)
         if estimate.total > free_bytes * (1 + ESTIMATE_ERROR):
-            raise does_not_fit(config, layers, longest, estimate, free_bytes)
+            raise does_not_fit(config, model_config, layers, longest, free_bytes, shards)
         return config
     fits, candidate = fitting(config, model_config, longest, free_bytes, shards)
     if not fits:
-        raise does_not_fit(config, candidate.recomputed, candidate.tokens, candidate.estimate, usable(free_bytes))
+        raise does_not_fit(config, model_config, candidate.recomputed, candidate.tokens, usable(free_bytes), shards)
     return with_candidate(config, candidate.recomputed, candidate.tokens)
 
 
@@ -322,19 +340,38 @@ def fitting(config: SFTConfig, model_config: Any, longest: int, free_bytes: int,
     return False, min(possible, key=lambda one: one.estimate.total)
 
 
-def does_not_fit(config: SFTConfig, recomputed: int, tokens: int, least: Estimate, room: int) -> DoesNotFitError:
-    """The refusal, with the numbers of the least that is needed."""
+def does_not_fit(
+    config: SFTConfig, model_config: Any, recomputed: int, tokens: int, room: int, shards: int
+) -> DoesNotFitError:
+    """The refusal, with the numbers of the least that is needed, and what of `config` may be changed."""
+    least = estimate_memory(config, model_config, tokens, recomputed, shards)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.components.items() if size)
-    if not config.lora.enabled:
-        remedy = "more GPUs under configs/accelerate/fsdp2.yaml, lora.enabled true, or optim.name adamw_8bit"
-    elif config.model.quantization == "nf4":
-        remedy = "a smaller lora.r, data.max_length or model.head_chunk, optim.name adamw_8bit, or a smaller model"
-    else:
-        remedy = "model.quantization nf4, more GPUs under configs/accelerate/fsdp2.yaml, or a smaller data.max_length"
+    *most, last = _remedies(config, recomputed < model_config.num_hidden_layers, shards)
     return DoesNotFitError(
         f"model.path: {config.model.path} does not fit: {least.total / GIB:.1f} GiB a GPU at {tokens} "
-        f"tokens with {recomputed} layers recomputed ({parts}), and {room / GIB:.1f} GiB are free; use {remedy}"
+        f"tokens with {recomputed} layers recomputed ({parts}), and {room / GIB:.1f} GiB are free; use "
+        f"{', '.join(most)}, or {last}"
     )
+
+
+def _remedies(config: SFTConfig, keeps_layers: bool, shards: int) -> list[str]:
+    """Settings that take less memory and that this config may have; the cheapest first, two at least."""
+    remedies = []
+    if keeps_layers and config.model.checkpoint_layers != "auto":
+        remedies.append("model.checkpoint_layers auto")
+    if has_auto(config) and config.batch.tokens_per_microbatch != "auto":  # without autos only the longest row must fit
+        remedies.append("batch.tokens_per_microbatch auto")
+    more_gpus, in_8bit = "more GPUs under configs/accelerate/fsdp2.yaml", "optim.name adamw_8bit"
+    has_8bit = shards > 1 or config.optim.name == "adamw_8bit"  # 8-bit moments and NF4 cannot be sharded
+    if not config.lora.enabled:
+        return [*remedies, more_gpus, "lora.enabled true", *([] if has_8bit else [in_8bit])]
+    shorter = "a smaller data.max_length"
+    if config.model.quantization != "nf4":
+        return [*remedies, *(["model.quantization nf4"] if shards == 1 else []), more_gpus, shorter]
+    rank = [] if config.model.continues else ["a smaller lora.r"]
+    return [
+        *remedies, *rank, shorter, "a smaller model.head_chunk", *([] if has_8bit else [in_8bit]), "a smaller model"
+    ]  # fmt: skip
 
 
 def microbatch_tokens(config: SFTConfig) -> int:

@@ -114,7 +114,7 @@ def settle(
         least = min(excess, 0.03 * candidate.estimate.total)
         smaller = [one for one in possible if one.estimate.total <= candidate.estimate.total - least]
         if not smaller:
-            raise does_not_fit(config, candidate.recomputed, candidate.tokens, candidate.estimate, int(room))
+            raise does_not_fit(given, shape, candidate.recomputed, candidate.tokens, int(room), run.shards)
         reason = "out of memory" if math.isinf(excess) else "too much memory"
         run.note(f"auto: {what}: {reason}, trying the next smaller one")
         candidate = smaller[0]
