@@ -17,6 +17,7 @@ from qwen_train.train.optim import (
     load_optimizer_state,
     optimizer_state,
     param_groups,
+    place_masters,
     set_learning_rate,
 )
 
@@ -329,6 +330,27 @@ def test_state_goes_through_safetensors_bit_for_bit(kind, device, tmp_path):
     forgetful.load_state_dict(load_file(tmp_path / "model.safetensors"))
     run_steps(forgetful, empty, 4, 8)
     assert any(not torch.equal(p, q) for p, q in zip(straight.parameters(), forgetful.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("masters", "adamw"), ("adamw", "masters"), ("masters", "masters")])
+def test_masters_keep_their_bits_whichever_form_goes_on(saved, resumed):
+    """bf16 parameters with masters (one process) and fp32 parameters (FSDP2) go on from each other's state."""
+    model, optimizer = make(saved)
+    run_steps(model, optimizer, 0, 4)
+    state = optimizer_state(optimizer, model.named_parameters())
+    masters = {name: state.get(f"{name}/master", param.detach()) for name, param in model.named_parameters()}
+    other, fresh = make(resumed)
+    params = dict(other.named_parameters())
+    weights, values = model.state_dict(), dict(state)
+    place_masters(params, weights, values)
+    other.load_state_dict(weights)
+    load_optimizer_state(fresh, params.items(), values)
+    for name, param in params.items():
+        found = fresh.state[param].get("master", param.detach())
+        assert found.dtype == torch.float32 and torch.equal(found, masters[name]), name
+        assert torch.equal(param, masters[name].to(param.dtype)), name
+    assert ("0.weight/master" in values) is (resumed == "masters")
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in masters.values()), "rounding would show"
 
 
 def test_loading_copies():

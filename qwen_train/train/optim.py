@@ -314,6 +314,20 @@ def optimizer_state(optimizer: Optimizer, named_params: Iterable[tuple[str, Tens
     return flat
 
 
+def place_masters(params: Mapping[str, Tensor], weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Put the fp32 masters of a checkpoint where this run keeps them; ``weights`` and ``state`` (as ``optimizer_state``
+    gives it) are changed.
+
+    Of bf16 parameters they are entries of the state; FSDP2 has fp32 parameters, which are the masters themselves.
+    """
+    for name in params.keys() & weights.keys():
+        master = f"{name}/master"
+        if params[name].dtype == torch.float32:
+            weights[name] = state.pop(master, weights[name])
+        elif weights[name].dtype == torch.float32 and master not in state and f"{name}/{STATELESS}" not in state:
+            state[master] = weights[name]
+
+
 def load_optimizer_state(
     optimizer: Optimizer, named_params: Iterable[tuple[str, Tensor]], state: Mapping[str, Tensor]
 ) -> None:

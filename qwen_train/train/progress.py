@@ -13,7 +13,7 @@ from qwen_train.model.packed import PackedLM, load_trainable, trainable_paramete
 from qwen_train.train.checkpoint import open_checkpoint
 from qwen_train.train.distributed import Run
 from qwen_train.train.folder import RunFolder
-from qwen_train.train.optim import load_optimizer_state, optimizer_state
+from qwen_train.train.optim import load_optimizer_state, optimizer_state, place_masters
 from qwen_train.train.saver import Saver
 from qwen_train.train.sharding import read_like
 
@@ -124,9 +124,10 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
         logger.warning("%s (run.accept_changes: going on)", changed)
     parameters = trainable_parameters(model)
     weights = {name: read_like(reader, "model", name, parameters.get(name)) for name in reader.names("model")}
-    load_trainable(model, weights)
     entries = {name: parameters.get(name.rpartition("/")[0]) for name in reader.names("optimizer")}
     values = {name: read_like(reader, "optimizer", name, like) for name, like in entries.items()}
+    place_masters(parameters, weights, values)
+    load_trainable(model, weights)
     load_optimizer_state(optimizer, parameters.items(), values)
     progress = Progress(**{**{known.name: state[known.name] for known in fields(Progress)}, "data": data})
     if state["config"]["batch"]["tokens_per_microbatch"] != folder.config.batch.tokens_per_microbatch:
