@@ -54,6 +54,7 @@ ROWS, PER_STEP, STEPS = 31, 3, 10
 MODES = {
     "lora": ["--lora.r=8"],
     "full": ["--lora.enabled=false", "--optim.lr=1e-3"],
+    "full-bf16": ["--lora.enabled=false", "--optim.lr=1e-3", "--model.dtype=bfloat16"],
     "nf4": ["--lora.r=8", "--model.quantization=nf4", "--model.dtype=bfloat16"],
 }
 TASKS = {"sft": ["train/loss", "train/grad_norm", "eval/loss"], "dpo": ["train/loss", "train/grad_norm", "eval/loss"]}
@@ -180,7 +181,7 @@ def test_hybrid_sharding_is_one(world: World):
         assert largest_difference(one, four, name) <= 1e-5, name
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "full", "full-bf16"])
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
 def test_saved_on_some_and_resumed_on_others(world: World, mode: str, ranks: tuple[int, int]):
     """Stopped halfway on two ranks and ended by one, and the other way round."""
@@ -197,7 +198,7 @@ def test_saved_on_some_and_resumed_on_others(world: World, mode: str, ranks: tup
     result = start(ranks[1])
     assert result.code == 0 and "going on from" in result.output, result.output
     for metric in TASKS["sft"]:
-        assert largest_difference(one, world.folder / name, metric) <= 1e-5, metric
+        assert largest_difference(one, world.folder / name, metric) <= (2e-2 if "bf16" in mode else 1e-5), metric
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -265,6 +266,12 @@ def test_gathered_adapters_have_every_slice(world: World, tmp_path: Path):
         assert tensor.any() and torch.allclose(tensor, tensors[1][name], rtol=1e-3, atol=1e-6), name
 
 
+def layout(**sizes: int) -> dict[str, str]:
+    """What `accelerate launch` hands on of a parallelism_config with these sizes."""
+    given = {f"PARALLELISM_CONFIG_{name.upper()}_SIZE": str(size) for name, size in sizes.items()}
+    return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **given}
+
+
 @pytest.mark.parametrize(
     ("more", "environment", "message"),
     [
@@ -281,12 +288,27 @@ def test_gathered_adapters_have_every_slice(world: World, tmp_path: Path):
         (["--optim.name=adamw_8bit"], {}, "error: optim.name: adamw_8bit fails on the shards of FSDP2"),
         ([], {"FSDP_VERSION": "1"}, "error: accelerate: fsdp_version 1 is not supported; set fsdp_version: 2"),
         ([], {"FSDP_OFFLOAD_PARAMS": "true"}, "error: accelerate: fsdp_offload_params is not supported"),
+        ([], layout(tp=2), "error: accelerate: parallelism_config_tp_size 2 is not supported; leave it at 1"),
+        ([], layout(cp=2), "error: accelerate: parallelism_config_cp_size 2 is not supported"),
+        ([], layout(sp=2), "error: accelerate: parallelism_config_sp_size 2 is not supported"),
+        (
+            [],
+            layout(dp_replicate=2, dp_shard=8),
+            "error: accelerate: parallelism_config is for 16 processes (dp_replicate_size 2 x dp_shard_size 8), and "
+            "there are 2",
+        ),
+        (
+            [],
+            {"ACCELERATE_USE_MEGATRON_LM": "true"},
+            "error: accelerate: distributed_type MEGATRON_LM is not supported",
+        ),
+        ([], {"ACCELERATE_USE_DEEPSPEED": "true"}, "error: accelerate: distributed_type DEEPSPEED is not supported"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(world: World, more: list[str], environment: dict, message: str):
     result = world.start("sft", "refused", *more, ranks=2, prelude=SHARDING, environment=environment)
-    assert result.code == 2 and message in result.output and "Traceback" not in result.output, result.output
-    assert not (world.folder / "refused").exists()
+    assert result.code == 2 and "Traceback" not in result.output, result.output
+    assert result.output.count(message) == 1 and not (world.folder / "refused").exists(), result.output
 
 
 def test_settings_that_are_not_followed_are_named(world: World):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qwen_train.train.blocks import Shard
 from qwen_train.train.peers import Departure, Member, Peers
-from qwen_train.train.sharding import check_shardable, fill, gather, judge_settings, own_shard, shard
+from qwen_train.train.sharding import check_shardable, fill, gather, judge_launch, judge_settings, own_shard, shard
 from qwen_train.train.signals import Signals, asked_of_launcher
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Run:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        judge_launch(int(os.environ.get("WORLD_SIZE", 1)))
         asked = int(os.environ.get("WORLD_SIZE") or asked_of_launcher())
         self.peers = _meet_peers()
         # Mixed precision is our own affair (masters in fp32, compute in bf16), so accelerate's autocast stays off.

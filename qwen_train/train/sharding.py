@@ -6,6 +6,7 @@ models of one dtype only: here trained weights are fp32 and frozen ones are not.
 other dropout masks in backward than in forward (`preserve_rng_state=False`) and is not used.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,16 +28,43 @@ if TYPE_CHECKING:
     from qwen_train.model.packed import PackedLM
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+REMEDY = "use a file of configs/accelerate/ (single, ddp, fsdp2, fsdp2_hsdp)"
+DATA_PARALLEL = ("dp_replicate_size", "dp_shard_size")
+NOT_DATA_PARALLEL = ("tp_size", "cp_size", "sp_size")
+
+
+def judge_launch(world_size: int) -> None:
+    """Refuse (ValueError) what accelerate would fail on while it starts, and all but data parallelism.
+
+    Processes that share a layer or a sequence would be given rows of their own all the same.
+    """
+    for name in ("MEGATRON_LM", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(f"accelerate: distributed_type {name} is not supported; {REMEDY}")
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return
+    names = (*DATA_PARALLEL, *NOT_DATA_PARALLEL)
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) for name in names}
+    for name in NOT_DATA_PARALLEL:
+        if sizes[name] != 1:
+            raise ValueError(
+                f"accelerate: parallelism_config_{name} {sizes[name]} is not supported; leave it at 1: processes split "
+                "the rows of a step (dp_replicate_size) and the weights (dp_shard_size)"
+            )
+    product = math.prod(sizes.values())
+    if product not in (1, world_size):
+        layout = " x ".join(f"{name} {sizes[name]}" for name in DATA_PARALLEL)
+        raise ValueError(
+            f"accelerate: parallelism_config is for {product} processes ({layout}), and there are {world_size}; make "
+            "num_processes and the product of the sizes equal"
+        )
 
 
 def judge_settings(accelerator: Accelerator) -> list[str]:
     """What of accelerate's configuration is ignored, a line each. Raises ValueError for what cannot be."""
     kind = accelerator.distributed_type
     if kind not in SUPPORTED:
-        raise ValueError(
-            f"accelerate: distributed_type {kind.value} is not supported; use a file of configs/accelerate/ "
-            "(single, ddp, fsdp2, fsdp2_hsdp)"
-        )
+        raise ValueError(f"accelerate: distributed_type {kind.value} is not supported; {REMEDY}")
     notes = []
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("", "1"):
