@@ -12,16 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwen_train import sft
 from qwen_train.config import SFTConfig, load_config
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
+from qwen_train.model import load
 from qwen_train.model.load import load_model, load_tokenizer, special_tokens
 from qwen_train.model.memory import resolve_auto
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.distributed import Run
+from qwen_train.train.script import _explained
 from tests.preferences import edit_json
 from tests.scripts import TINY, read_metrics
 
@@ -544,6 +547,29 @@ def test_the_tokenizer_folder_renders_the_same(start: Trained, name: str):
                 assert ours.apply_chat_template(messages, tokenize=False, **given) == text
                 assert ours.encode(text) == theirs.encode(text)
     assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("I/O error: No space left on device (os error 28)", "free some space, or point run.dir"),
+        ("I/O error: Permission denied (os error 13)", "check the path and its permissions"),
+        ("InvalidHeader", "check the path and its permissions"),
+    ],
+)
+def test_a_base_that_cannot_be_written(world: World, tmp_path: Path, monkeypatch, reason: str, said: str):
+    """The library's own error has the system's number in its text only."""
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise SafetensorError(f"Error while serializing: {reason}")
+
+    lm, base = world.load().causal_lm, tmp_path / "base"
+    monkeypatch.setattr(type(lm), "save_pretrained", failing)
+    with pytest.raises(OSError, match="the base could not be written") as caught:
+        load._write_base(lm, AutoTokenizer.from_pretrained(TINY / "model"), base)
+    outcome, line = _explained(caught.value) or ("", "")
+    assert outcome == "failed" and line.startswith(f"{base}: the base could not be written: ") and f"; {said}" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_continued_adapter_keeps_its_rank_on_the_card(world: World, start: Trained, on_start: tuple[str, ...]):

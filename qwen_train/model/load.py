@@ -6,6 +6,7 @@ activation checkpointing.
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -317,8 +318,9 @@ def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: P
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
             os.replace(unfinished, base)
-    except SafetensorError as error:  # a full disk, in the words of a library that does not know OSError
-        raise OSError(errno.EIO, f"the base could not be written: {error}", str(base)) from None
+    except SafetensorError as error:  # of the disk, in the words of a library that does not know OSError
+        number = int(match[1]) if (match := re.search(r"\(os error (\d+)\)", str(error))) else errno.EIO
+        raise OSError(number, f"the base could not be written: {error}", str(base)) from None
 
 
 def _check_continued(model: PeftModel, folder: str) -> None:
