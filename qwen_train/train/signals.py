@@ -3,6 +3,7 @@
 A process ends with the launcher that started it, and its workers end with it, however it dies.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -18,6 +19,8 @@ LIBC = ctypes.CDLL(None)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 START_INTERRUPTED = "stopped before the first step"
+STOPPING = "stopping after this step, then saving"
+SECOND_INTERRUPT = "; Ctrl-C again leaves at once, without"
 LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
 ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every process already
 
@@ -54,6 +57,7 @@ class Signals:
             self.received, self._time = signal.Signals(number), now
             if not self.is_training:
                 raise Interrupted(START_INTERRUPTED)
+            _say(STOPPING + (SECOND_INTERRUPT if number == signal.SIGINT else ""))
 
     def _on_swallowed(self, unraisable: Any) -> None:
         """What is raised within a destructor or a hook of fork goes no further: raise it again, in a moment."""
@@ -66,6 +70,16 @@ class Signals:
     def _on_alarm(self, _number: int, _frame: Any) -> None:
         if not self.is_training:
             raise Interrupted(START_INTERRUPTED)
+
+
+def _say(message: str) -> None:
+    """A line on rank 0's stderr, out of a signal handler: what was interrupted may be a print of its own.
+
+    On a terminal a progress bar may stand in the line that the cursor is in.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # of a terminal that has hung up, say: the run saves all the same
+            os.write(2, f"{chr(10) if os.isatty(2) else ''}{message}\n".encode())
 
 
 def _die_with_parent(number: signal.Signals) -> None:

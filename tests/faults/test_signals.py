@@ -136,6 +136,41 @@ def test_sigterm_while_a_save_is_on_its_way(stopped: Stopped):
     same_end(stopped.whole("sft", 1), runs.folder / "on-its-way")
 
 
+HANG_UP = STOP_AFTER.replace("SIGTERM", "SIGHUP").format(steps=4)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_hangs_up_takes_no_step_with_it(stopped: Stopped):
+    """The answer to SIGHUP cannot be written where nobody reads any more."""
+    prelude = f"import os\nreader, writer = os.pipe()\nos.close(reader), os.dup2(writer, 2)\n{HANG_UP}"
+    result = stopped.run("sft", "hung-up", 1, prelude=prelude)
+    assert result.code == 128 + signal.SIGHUP, result.output
+    assert stopped.of_kind["sft"].status("hung-up")["outcome"] == "interrupted"
+    assert stopped.of_kind["sft"].steps("hung-up") == [2, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_at_once(stopped: Stopped, number: signal.Signals):
+    """By one of the ranks, and before the step is over: a second Ctrl-C would cost the work."""
+    prelude = f"""
+import os
+from qwen_train.train import distributed
+clip = distributed.Run.clip_grad_norm
+def stopping(run, *args):
+    if run.stop_signal is None:
+        os.kill(os.getpid(), {int(number)})
+        if run.is_main:
+            print("mid-step", flush=True)
+    return clip(run, *args)
+distributed.Run.clip_grad_norm = stopping
+"""
+    result = stopped.run("sft", f"answered-{number.name}", 2, prelude=prelude)
+    assert result.code == 128 + number, result.output
+    said = [line for line in result.lines if line.startswith("stopping") or line == "mid-step"]
+    again = "; Ctrl-C again leaves at once, without" if number == signal.SIGINT else ""
+    assert said == [f"stopping after this step, then saving{again}", "mid-step"], result.output
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_whole(stopped: Stopped):
     runs = stopped.of_kind["sft"]
