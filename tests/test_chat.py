@@ -226,9 +226,9 @@ def test_supervise_and_weights() -> None:
 
 @pytest.mark.parametrize(
     ("supervise", "weight", "counted"),
-    [("all", 0.0, 1), ("all", 0.5, 1), ("all", 1.0, 0), ("all", None, 0)]
-    + [("assistant", 0.0, 0), ("assistant", 0.5, 1), ("last", 1.0, 1), ("assistant", None, 0)],
-)
+    [("all", 0.0, 1), ("all", 0.5, 1), ("all", 1.0, 0), ("all", None, 0),
+     ("assistant", 0.0, 0), ("assistant", 0.5, 1), ("last", 1.0, 1), ("assistant", None, 0)],
+)  # fmt: skip
 def test_a_weight_that_a_message_asks_for_in_vain_is_counted(supervise: str, weight: Any, counted: int) -> None:
     asked = user("Hi") if weight is None else {**user("Hi"), "weight": weight}
     encoded = encode_one(template(), Conversation([asked, assistant("Red.")]), ChatOptions(supervise=supervise))

@@ -293,9 +293,20 @@ def test_the_conversations_beside_pairs_are_judged_as_conversations(script, tmp_
         script.main(["--config", path, "--data.eval_sft", str(tmp_path / "gone.jsonl")])
 
 
-def test_no_row_left_is_an_error(template, tmp_path):
-    report = examined(template, "sft", [LONG, LONG], folder=tmp_path)
-    assert ("error", "data.train", "no_rows") in found(report)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([LONG, LONG], "none of 2 rows is left (too_long: 2); raise data.max_length or give other data"),
+        ([LONG, "{"], "none of 2 rows is left (too_long: 1, in error: 1); raise data.max_length or give other data"),
+        ([], "no row in it; give a file with rows"),
+        (["{", "["], "all 2 rows are in error; repair them or give other data"),
+        ([pair("Hi", "Red.", "Red.")], "none of 1 rows is left (identical_answers: 1); give other data"),
+    ],
+)
+def test_no_row_left_is_an_error(rows, message, template, tmp_path):
+    kind = "dpo" if rows and "chosen" in rows[0] else "sft"
+    report = examined(template, kind, rows, folder=tmp_path)
+    assert ("data.train", message) in {(p.place, p.message) for p in report.problems if p.reason == "no_rows"}
     assert (report.plan, report.exit_code) == (None, 1)
 
 

@@ -1,10 +1,12 @@
 """The step stream: which rows a step holds, how they are spread, and that nothing but (seed, step) decides."""
 
+import itertools
 import os
 import signal
 import statistics
 import time
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import datasets
@@ -180,6 +182,49 @@ def test_sources_are_mixed_by_weight():
         assert copies[2] == [1] * 31 and copies[3] == [0] * 10
         drawn.append(tuple(copies[0]))
     assert len(set(drawn)) == 6  # the fraction is drawn anew each epoch
+
+
+def mixed(sources, source_weights, **fields) -> Stream:
+    rows = len(sources)
+    return make(lengths=LENGTHS[:rows], total_weights=WEIGHTS[:rows], sources=sources, source_weights=source_weights,
+                **fields)  # fmt: skip
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("weights", "num_rows"), [((1, 0.1), 3), ((1, 0.5), 3), ((1.25, 2.3), 7), ((0.7, 0.29), 5)])
+def test_a_fraction_of_a_row_is_carried_over_to_later_epochs(weights, num_rows, shuffle):
+    """3 rows at 0.1 over 20 epochs were shown 0 times instead of 6."""
+    sources = np.repeat([0, 1], [40, num_rows])
+    stream = mixed(sources, weights, epochs=20, shuffle=shuffle)
+    rows = [row for step in range(stream.total_steps) for row in stream[step].rows]
+    for source, count in ((0, 40), (1, num_rows)):
+        shown = sum(sources[row] == source for row in rows)
+        assert shown == round(20 * Fraction(str(weights[source])) * count), "as many as expected, to half a row"
+    assert stream[stream.total_steps - 1].epoch == 20
+    shown_by = [stream.passes(position) for position in range(len(rows) + 1)]
+    assert shown_by == sorted(shown_by) and shown_by[-1] == 20
+    begins = [stream._num_positions(epoch) for epoch in range(21)]
+    for first, following in itertools.pairwise(begins):
+        copies = Counter(rows[first:following])
+        for source, count in ((0, 40), (1, num_rows)):
+            members = [copies[row] for row in np.flatnonzero(sources == source)]
+            assert {*members} <= {int(weights[source]), int(weights[source]) + 1}, (
+                "a row at most once more than another"
+            )
+            assert abs(sum(members) - weights[source] * count) < 1
+    late = mixed(sources, weights, epochs=20, shuffle=shuffle)
+    assert late[stream.total_steps - 3].rows == stream[stream.total_steps - 3].rows, "a pure function of the step"
+
+
+def test_whole_shares_are_what_they_were():
+    """Where every epoch holds as many rows, the rows of a step are those of before fractions were carried over."""
+    stream = mixed(np.repeat([0, 1], [40, 60]), (1, 0.5), sequences_per_step=70, seed=3)
+    generator = np.random.default_rng((3, 1))
+    copies = np.repeat([1, 0], [40, 60])
+    copies[generator.choice(np.arange(40, 100), size=30, replace=False)] += 1
+    order = np.repeat(np.arange(100), copies)
+    generator.shuffle(order)
+    assert stream[1].rows == order.tolist() and (stream[1].epoch, stream.rows_per_epoch) == (2.0, 70)
 
 
 def test_a_mix_without_shuffle_keeps_the_order_of_the_file():

@@ -437,8 +437,19 @@ def _check_split(split: Split, problems: _Problems) -> None:
         )
         problems.add(split, "error", split.name, "no_stop_token", message)
     if not split.kept and not split.reasons["error", UNREADABLE]:
-        message = f"none of {split.rows:,} rows is left; raise data.max_length or give other data"
-        problems.add(split, "error", split.name, "no_rows", message)
+        problems.add(split, "error", split.name, "no_rows", _nothing_left(split))
+
+
+def _nothing_left(split: Split) -> str:
+    if not split.rows:
+        return "no row in it; give a file with rows"
+    errors = sum(source.errors for source in split.sources)
+    if errors == split.rows:
+        return f"all {errors:,} rows are in error; repair them or give other data"
+    dropped = ", ".join(f"{name}: {n:,}" for (level, name), n in split.reasons.items() if level == "dropped")
+    dropped += f", in error: {errors:,}" if errors else ""
+    remedy = "raise data.max_length or give other data" if split.reasons["dropped", "too_long"] else "give other data"
+    return f"none of {split.rows:,} rows is left ({dropped}); {remedy}"
 
 
 def pair_statistics(split: Split) -> PairStatistics | None:
@@ -496,7 +507,7 @@ def _plan(train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
     return Plan(
         rows_per_epoch=stream.rows_per_epoch,
         steps=steps,
-        epochs=stream.epochs or steps * stream.sequences_per_step / stream.rows_per_epoch,
+        epochs=stream.epochs or stream.passes(steps * stream.sequences_per_step),
         tokens_per_step=float(np.mean([step.sum() for step in looked_at])),
         microbatches_per_step=microbatches,
     )

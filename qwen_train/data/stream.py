@@ -10,6 +10,7 @@ import math
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,10 @@ class Stream:
     """``stream[step]``: the micro-batches of one rank. Batches are consecutive stretches of the endless row of epochs.
 
     An epoch holds floor(w) copies of every row of a source with weight w and, for the fraction, a seeded subset of its
-    rows that is drawn again each epoch; ``shuffle`` permutes it by (seed, epoch), otherwise rows keep the file's order.
-    With ``epochs`` the stream ends there and its last step may be smaller; without, it wraps for ever, and ``steps``
-    says how many of its steps the training takes.
+    rows that is drawn again each epoch. Where that is not a whole number of rows, epochs differ by a row, so that after
+    each of them the rows shown so far are right to half a row. ``shuffle`` permutes an epoch by (seed, epoch),
+    otherwise rows keep the file's order. With ``epochs`` the stream ends there and its last step may be smaller;
+    without, it wraps for ever, and ``steps`` says how many of its steps the training takes.
     """
 
     def __init__(
@@ -104,11 +106,12 @@ class Stream:
         check_budget(self.lengths, tokens_per_microbatch)
         rows_of_source = np.bincount(self.sources, minlength=len(self.source_weights))
         assert len(rows_of_source) == len(self.source_weights), "a row of a source without a weight"
-        self._fractions = [  # rows of the source to draw beside the whole copies, exact in every epoch
-            round((weight % 1) * int(count)) for weight, count in zip(self.source_weights, rows_of_source, strict=True)
-        ]
-        whole = sum(int(w) * int(count) for w, count in zip(self.source_weights, rows_of_source, strict=True))
-        self.rows_per_epoch = whole + sum(self._fractions)
+        amounts = [(Fraction(str(float(w))), int(n)) for w, n in zip(self.source_weights, rows_of_source, strict=True)]
+        # rows of each source to draw in an epoch beside the whole copies, in the mean over epochs; exact, as
+        # 0.29 x 100 in floats is less than 29
+        self._fractions = [(weight % 1) * count for weight, count in amounts]
+        self._whole_copies = sum(int(weight) * count for weight, count in amounts)
+        self.rows_per_epoch = self._first_position(1)  # of the first; in later ones a source may have one more or less
         if self.rows_per_epoch == 0:
             raise ValueError(
                 f"data.train: an epoch holds no rows ({len(self.lengths)} rows, weights {list(self.source_weights)}); "
@@ -166,7 +169,8 @@ class Stream:
             raise IndexError(f"step {step} lies outside a stream of {self.epochs} epochs")
         rows: list[int] = []
         while begin < end:
-            epoch, position = divmod(begin, self.rows_per_epoch)
+            epoch = self._epoch_at(begin)
+            position = begin - self._first_position(epoch)
             stretch = self._order(epoch)[position : position + end - begin]
             rows += stretch.tolist()
             begin += len(stretch)
@@ -183,8 +187,15 @@ class Stream:
             num_sequences=len(rows),
             mean_length=int(self.squares[rows].sum()) / num_tokens,
             rows=rows.tolist(),
-            epoch=(step * self.sequences_per_step + len(rows)) / self.rows_per_epoch,
+            epoch=self.passes(step * self.sequences_per_step + len(rows)),
         )
+
+    def passes(self, position: int) -> float:
+        """Passes over the data completed when so many rows of the stream were shown."""
+        epoch = self._epoch_at(position)
+        first = self._first_position(epoch)
+        num_rows = self._first_position(epoch + 1) - first
+        return (epoch * num_rows + position - first) / num_rows
 
     def halve_budget(self) -> bool:
         """Cut later steps into micro-batches of half as many tokens, but no fewer than the longest row has.
@@ -198,7 +209,21 @@ class Stream:
 
     def _num_positions(self, epochs: float) -> int:
         """Rows of the first ``epochs`` epochs; rounding keeps 1.1 epochs of 10 rows at 11 of them."""
-        return math.ceil(round(epochs * self.rows_per_epoch, 6))
+        first, following = self._first_position(int(epochs)), self._first_position(int(epochs) + 1)
+        return first + math.ceil(round((epochs - int(epochs)) * (following - first), 6))
+
+    def _first_position(self, epoch: int) -> int:
+        """Where an epoch begins in the stream: rows of all epochs before it."""
+        return epoch * self._whole_copies + sum(round(epoch * fraction) for fraction in self._fractions)
+
+    def _epoch_at(self, position: int) -> int:
+        """The epoch that a position of the stream lies in; an epoch may be empty, that of a position is not."""
+        epoch = int(position / (self._whole_copies + sum(self._fractions)))
+        while self._first_position(epoch) > position:
+            epoch -= 1
+        while self._first_position(epoch + 1) <= position:
+            epoch += 1
+        return epoch
 
     def _order(self, epoch: int) -> IntArray:
         """Rows of one epoch in the order of the stream; kept for this epoch and the one before."""
@@ -206,9 +231,9 @@ class Stream:
             generator = np.random.default_rng((self.seed, epoch))
             copies = np.array([int(weight) for weight in self.source_weights])[self.sources]
             for source, fraction in enumerate(self._fractions):
-                if fraction:
+                if drawn := round((epoch + 1) * fraction) - round(epoch * fraction):
                     members = np.flatnonzero(self.sources == source)
-                    copies[generator.choice(members, size=fraction, replace=False)] += 1
+                    copies[generator.choice(members, size=drawn, replace=False)] += 1
             order = np.repeat(np.arange(len(self.lengths)), copies)
             if self.shuffle:
                 generator.shuffle(order)
