@@ -357,7 +357,11 @@ def test_skipped_steps_in_a_row_end_the_run(runs: Runs):
     assert result.code == 2 and "Traceback" not in result.output, result.output
     line, other = sorted(error_lines(result.output))
     assert "optim.max_skipped: 3 updates in a row were skipped" in line and "incidents.jsonl" in line
-    assert "lower optim.lr" in line and other == line.replace("error: ", "error: rank 1: ")
+    assert (
+        "lower optim.lr" in line
+        and line.endswith("; the last checkpoint is intact")
+        and other == line.replace("error: ", "error: rank 1: ")
+    )
     folder = runs.folder / "all-sick"
     assert [incident["step"] for incident in incidents(folder)] == [9, 10, 11]
     assert json.loads((folder / "status.json").read_text())["outcome"] == "refused"
@@ -367,6 +371,10 @@ def test_skipped_steps_in_a_row_end_the_run(runs: Runs):
     result = runs.start("all-sick", *arguments, "--optim.max_skipped=9", prelude=plant)
     assert result.code == 2 and "optim.max_skipped: 3 -> 9" in result.output, result.output
     assert [incident["step"] for incident in incidents(folder)] == [*range(9, 17), *range(18, 27)]
+
+    plant = SICK.format(rows="True", factor="math.nan")
+    result = runs.start("sick-from-the-start", *arguments[:3], "--optim.max_skipped=3", prelude=plant)
+    assert result.code == 2 and error_lines(result.output)[0].endswith("; there is no checkpoint yet"), result.output
 
 
 # --- out of memory ----------------------------------------------------------------------------------------------------

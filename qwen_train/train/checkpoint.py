@@ -158,6 +158,11 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
+def saved_step(folder: Path) -> int:
+    """The step of the newest checkpoint there, whole or not; 0 without one."""
+    return max((_step_of(path) for path in _step_folders(folder)), default=0)
+
+
 def verify(path: Path) -> None:
     """Refuse (ValueError, naming the file) a checkpoint of which one byte is missing or not as it was written."""
     reason = _problem(path)

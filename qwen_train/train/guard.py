@@ -21,6 +21,7 @@ from qwen_train.data.packing import Batch
 from qwen_train.data.stream import MicroBatches, Stream
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.train import files
+from qwen_train.train.checkpoint import saved_step
 from qwen_train.train.distributed import Run
 from qwen_train.train.metrics import Metrics, cut_lines, finite
 from qwen_train.train.progress import WINDOW, Progress
@@ -157,9 +158,11 @@ class Guard:
         worst = ", ".join(f"{row['place']} ({row['loss']:.4g})" for row in rows[:NUM_WORST])
         self.metrics.note(f"step {step + 1}: update skipped, {reason}; worst rows {worst}; all of them: {self.path}")
         if self.progress.skipped_in_a_row >= self.optim.max_skipped:
+            saved = self.run.from_main(lambda: saved_step(self.path.parent / "checkpoints"))
+            left = "the last checkpoint is intact" if saved else "there is no checkpoint yet"
             raise ValueError(
                 f"optim.max_skipped: {self.progress.skipped_in_a_row} updates in a row were skipped, the last one since"
-                f" {reason}; lower optim.lr, or look at the rows in {self.path}; the last checkpoint is intact"
+                f" {reason}; lower optim.lr, or look at the rows in {self.path}; {left}"
             )
         return False
 

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, print_errors, refuse_alike
 from qwen_train.data.stream import worker_death
-from qwen_train.train.checkpoint import STEP_FOLDER, SaveError
+from qwen_train.train.checkpoint import SaveError, saved_step
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import delete_folder
 from qwen_train.train.folder import is_ours
@@ -130,7 +130,7 @@ def _report(run: Run, folder: Path, outcome: str, reason: str) -> None:
     """status.json, where this process has taken the folder over; its step is the one to go on from."""
     if run.is_main and is_ours(folder):
         try:
-            write_status(folder, outcome, reason, step=_saved_step(folder))
+            write_status(folder, outcome, reason, step=saved_step(folder / "checkpoints"))
         except OSError as error:  # the disk is full, say: the way out goes on
             print_errors(f"{folder / 'status.json'}: not written, {error.strerror}")
 
@@ -138,12 +138,6 @@ def _report(run: Run, folder: Path, outcome: str, reason: str) -> None:
 def _how_to_go_on(name: str) -> str:
     """What resumes the run: the same command, which makes up another name where it gave none."""
     return f"go on with --run.name {name}" if TIMED_NAME.fullmatch(name) else "start again to go on"
-
-
-def _saved_step(folder: Path) -> int:
-    """The step of the newest checkpoint in a run's folder; 0 without one."""
-    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
-    return max((int(match["step"]) for name in names if (match := STEP_FOLDER.fullmatch(name))), default=0)
 
 
 def _explained(error: BaseException) -> tuple[str, str] | None:
