@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from qwen_train.config import DataConfig, DPOConfig, RunConfig, SFTConfig, as_dict, load_config, to_yaml
 from tests.faults.mutations import NUMBERS, TEXTS, junk
@@ -121,15 +119,8 @@ def judge(dice: Random, folder: Path, counts: Counter[str]) -> None:
 @pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_spoilt_configs_load_or_are_refused(examples: int, tmp_path: Path, record_property):
     counts: Counter[str] = Counter()
-
-    @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(st.integers(0, 2**64 - 1))
-    def spoilt(seed: int) -> None:
+    for seed in range(examples):
         judge(Random(seed), tmp_path, counts)
-
-    spoilt()
     record_property("configs", f"{sum(counts.values()):,}, loaded {counts['loaded']:,}, refused {counts['refused']:,}")
     assert sum(counts.values()) == examples
     assert counts["loaded"] >= 0.05 * examples and counts["refused"] >= 0.3 * examples, "both sides are reached"
