@@ -148,7 +148,7 @@ def train(config: SFTConfig, run: Run) -> None:
                     "train/grad_norm": grad_norm,
                     "train/epoch": microbatches.epoch,
                     "train/num_tokens": progress.num_tokens,
-                    "train/mean_token_accuracy": correct / tokens,
+                    "train/mean_token_accuracy": correct / max(tokens, 1),
                     "train/skipped_steps": progress.skipped,
                     "train/oom_retries": progress.oom_retries,
                 }

@@ -377,6 +377,35 @@ def test_skipped_steps_in_a_row_end_the_run(runs: Runs):
     assert result.code == 2 and error_lines(result.output)[0].endswith("; there is no checkpoint yet"), result.output
 
 
+NOTHING_SUPERVISED = """
+from dataclasses import replace
+import qwen_train.sft
+from qwen_train.data.packing import pack_sequences
+from qwen_train.data.stream import Stream
+from qwen_train.train import evaluate
+get = Stream.__getitem__
+def emptied(stream, step):
+    full = get(stream, step)
+    empty = [pack_sequences([], []) for _ in full.batches]
+    return replace(full, batches=empty, total_weight=0.0) if step == 1 else full
+Stream.__getitem__ = emptied
+evaluate.eval_batches = lambda **_: [pack_sequences([], [])]
+"""
+
+
+@pytest.mark.launch
+def test_a_step_of_weight_0_is_skipped_and_counted(runs: Runs):
+    """And held-out data of weight 0 have no loss."""
+    more = (f"--data.eval={runs.folder / 'sft.jsonl'}", "--run.eval_samples=0", "--run.steps=4")
+    folder = runs.finish("weightless", *more, prelude=NOTHING_SUPERVISED)
+    start, *steps = read_metrics(folder)
+    assert start["eval/loss"] is None and start["eval/mean_token_accuracy"] == 0
+    assert [line["train/loss"] is None for line in steps] == [False, True, False, False]
+    assert [line["train/skipped_steps"] for line in steps] == [0, 1, 1, 1]
+    (incident,) = incidents(folder)
+    assert incident["step"] == 2 and incident["rows"] == []
+
+
 # --- out of memory ----------------------------------------------------------------------------------------------------
 
 SMALLER = f"--batch.tokens_per_microbatch={BUDGET // 2}"

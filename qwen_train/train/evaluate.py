@@ -93,8 +93,8 @@ def evaluate_sft(run: Run, model: PackedLM, held_out: HeldOut) -> dict[str, floa
         sums += torch.stack([value.to(sums) for value in values])
     nll, weight, correct, tokens, ended, turns = run.sum(sums)
     return {
-        "eval/loss": nll / weight,
-        "eval/mean_token_accuracy": correct / tokens,
+        "eval/loss": nll / weight if weight else math.nan,
+        "eval/mean_token_accuracy": correct / max(tokens, 1),
         "eval/turns_ended": ended / max(turns, 1),
     }
 
