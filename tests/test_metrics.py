@@ -170,9 +170,24 @@ def test_a_bar_on_a_terminal(tmp_path):
     with Metrics(tmp_path, 50, 10, True, console=out) as log:
         log.advance(11)
         log.log(20, {"train/loss": 1.5, "train/learning_rate": 1e-5})
+        log.log(20, {"eval/loss": 0.5})
     shown = out.file.getvalue()  # type: ignore[attr-defined]
-    assert "10/50" in shown and "20/50" in shown and "loss 1.5000  lr 1.00e-05" in shown and "eta 0:00:0" in shown
+    assert "step 10/50" in shown and "eta 0:00:0" in shown
+    assert "step 20/50  loss 1.5000  lr 1.00e-05\n" in shown and "step 20/50  eval/loss 0.5000\n" in shown, "they stay"
     assert shown.endswith("\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize("width", [45, 80, 200])
+def test_a_narrow_terminal_loses_the_bar_and_not_the_step(tmp_path, width):
+    out = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False, soft_wrap=True)
+    with Metrics(tmp_path, 18000, None, True, console=out) as log:
+        log.log(12345, {"train/loss": 1.5, "train/grad_norm": 2.0, "perf/tokens_per_second": 1e6})
+        paper = Console(file=io.StringIO(), width=width)
+        assert log.progress is not None
+        paper.print(log.progress.get_renderable())
+    (bar,) = paper.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert bar.startswith("step 12345/18000 ") and bar.rstrip().endswith("0:00:00 eta 0:00:00") and len(bar) <= width
+    assert (bar.count("\u2501") > 20) is (width > 45)
 
 
 def test_samples_and_texts_reach_tensorboard_and_cannot_become_markup(tmp_path):

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from qwen_train.model.compile import compiled_graphs
@@ -116,11 +117,15 @@ class Metrics:
         self.progress: Progress | None = None
         if self.console.is_terminal:
             self.progress = Progress(
-                TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(), TextColumn("eta {task.fields[eta]}"), console=self.console,
-            )  # fmt: skip
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),  # what the others leave, on a narrow terminal next to nothing
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
+                TextColumn("eta {task.fields[eta]}"),
+                console=self.console,
+                expand=True,
+            )
             self.progress.start()
-            self.bar = self.progress.add_task("", total=total_steps, completed=resume_step or 0, facts="", eta="-")
+            self.bar = self.progress.add_task("", total=total_steps, completed=resume_step or 0, eta="-")
 
     def __enter__(self) -> "Metrics":
         return self
@@ -192,17 +197,14 @@ class Metrics:
         self.file.close()
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of its own, which stays; the bar, which does not, tells how far the run is."""
         eta = self._eta(step)
         shown = [f"{short} {values[name]:{form}}" for name, (short, form) in CONSOLE.items() if name in values]
         held_out = [f"{name} {values[name]:.4f}" for name in CONSOLE_EVAL if name in values]
-        if self.progress is None:
-            tail = [f"eta {eta}"] if shown else []
-            self.console.print("  ".join([f"step {step}/{self.total_steps}", *shown, *held_out, *tail]), markup=False)
-            return
-        if shown:
-            self.progress.update(self.bar, completed=step, facts="  ".join(shown), eta=eta)
-        if held_out:
-            self.console.print("  ".join([f"step {step}/{self.total_steps}", *held_out]), markup=False)
+        tail = [f"eta {eta}"] if shown and self.progress is None else []
+        self.note("  ".join([f"step {step}/{self.total_steps}", *shown, *held_out, *tail]))
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=step, eta=eta)
 
     def _eta(self, step: int) -> str:
         """Time left at the pace of the last (at most 20) logged steps, evaluation and saves included."""
