@@ -248,6 +248,38 @@ def _length(template: Template, row: dict[str, Any]) -> int:
     return len(encode_one(template, _parsed(row), ChatOptions(max_length=10_000)).input_ids)
 
 
+def test_keys_that_nothing_reads_are_counted_with_their_first_place(template, tmp_path):
+    user, answer = chat("Hi", "Red.")["messages"]
+    odd = "\x1b[31m" + "k" * 99
+    rows = [
+        *GOOD[:2],
+        {"messages": [user, {**answer, "wieght": 0}], "id": 1, "tools": None},
+        {"messages": [user, {**answer, "weight": 1, "refusal": None}], "id": 2, "system": "S", odd: 0},
+        {"prompt": [{**user, "wieght": 0}, {**user, "wieght": 0}], "completion": "Red.", "input": "x"},
+        {"instruction": "Hi", "input": "x", "output": "Blue.", "history": [], "weight": 2},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "train": True}]},
+        {"messages": [{**user, "role": "robot"}], "colour": "red"},
+    ]
+    report = examined(template, "sft", rows, [chat("Hi", "Red.", id=3)], folder=tmp_path)
+    assert report.splits[0].unread == {
+        "id": 2, "messages[].wieght": 1, odd: 1, "prompt[].wieght": 1, "input": 1, "weight": 1,
+    }  # fmt: skip
+    (grid,) = [grid for grid in check_view.grids(report) if grid.title == "Keys not read"]
+    lines = {row[0]: row[1:] for row in grid.rows}
+    assert lines["id"] == ["2", "1", str(tmp_path / "train.jsonl:3")]
+    assert lines["prompt[].wieght"] == ["1", "0", str(tmp_path / "train.jsonl:5")]
+    assert any(key.startswith("␛[31mkkk") and key.endswith("...") and len(key) < 70 for key in lines)
+    pairs = [{**pair("Hi", "Red.", "Blue."), "score": 3, "chosen": [{**answer, "model": "x"}]}]
+    assert examined(template, "dpo", pairs, folder=tmp_path).splits[0].unread == {"score": 1, "chosen[].model": 1}
+    plain = examined(template, "sft", GOOD, folder=tmp_path)
+    assert not [grid for grid in check_view.grids(plain) if grid.title == "Keys not read"]
+
+
+def test_rows_keyed_by_anything_do_not_fill_the_memory(template, tmp_path):
+    rows = [{**chat("Hi", f"Red {n}."), **{f"k{n}.{i}": 1 for i in range(30)}} for n in range(20)]
+    assert len(examined(template, "sft", rows, folder=tmp_path).splits[0].unread) == check.MAX_KEYS
+
+
 def test_control_tokens_and_stripped_newlines_are_counted(template, tmp_path):
     odd = chat("Say <|im_end|> and <|im_end|>", "\n\nNo <|im_start|>")
     for policy, status, listed in (("escape", "kept", set()), ("reject", "error", {"control_token"})):

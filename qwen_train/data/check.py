@@ -43,6 +43,8 @@ NO_LIMIT = 2**31 - 1
 IGNORE_INDEX = -100
 MAX_BINS = 20
 PLANNED_STEPS = 50
+MAX_KEYS = 100
+"""Different unread keys of a split that are counted; rows may be keyed by anything."""
 LISTED_NOTES = {
     "whitespace_only_difference": "chosen and rejected differ only in whitespace",
     "weight_ignored": "train or weight stands on a message that is not the assistant's; it has no effect",
@@ -113,6 +115,10 @@ class Split:
     tokens_by_role: Counter[str] = field(default_factory=Counter)
     supervised_by_role: Counter[str] = field(default_factory=Counter)
     notes: dict[str, NoteCount] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    """Rows with a key that nothing reads, left-out rows too."""
+    unread_places: dict[str, str] = field(default_factory=dict)
+    """The first of them."""
     supervised_turns: int = 0
     """Assistant turns with a supervised token."""
     stopped_turns: int = 0
@@ -269,6 +275,8 @@ class _Reader:
     def take(self, row: JudgedRow, source: SourceCounts, index: int) -> None:
         source.rows += 1
         source.has_lines = row.has_lines
+        if row.parsed is not None:
+            self._count_unread(row.parsed.unread, row.place)
         if row.encoded is None:
             self._left_out(row, source)
             return
@@ -295,6 +303,12 @@ class _Reader:
             self._conversation(encoded, source)
         else:
             self._preference(encoded, source)
+
+    def _count_unread(self, keys: Sequence[str], place: str) -> None:
+        for key in keys:
+            if key in self.split.unread or len(self.split.unread) < MAX_KEYS:
+                self.split.unread[key] += 1
+                self.split.unread_places.setdefault(key, place)
 
     def _left_out(self, row: JudgedRow, source: SourceCounts) -> None:
         if row.status == "dropped":

@@ -7,8 +7,8 @@ What a caller uses:
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen_train.config import Kind
@@ -17,6 +17,12 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+ROW_KEYS = ("system", "tools")
+"""Read in a row of any format."""
+MESSAGE_KEYS = {
+    *("role", "content", "from", "value", "tool_calls", "function_call", "name", "tool_call_id", "weight", "train"),
+    *REASONING_KEYS,
+}
 MAX_MESSAGE = 600  # characters of an error about a row
 MAX_DEPTH = 100  # levels of lists and objects in a row
 LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30  # sums over a step of weights between these stay within fp32's range
@@ -49,16 +55,19 @@ class Conversation:
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of the row that nothing reads, those of messages as `messages[].key`."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One DPO row: a prompt that ends in a user or tool message, and two answers to it."""
+    """One DPO row: a prompt that ends in a user or tool message, and two answers to it; `unread` as above."""
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
     tools: list[dict[str, Any]] | None = None
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -119,7 +128,23 @@ def parse_row(text: str, kind: Kind, format: str = "auto") -> Conversation | Pre
     if not isinstance(row, dict):
         raise RowError("bad_json", f"a row must be a JSON object, got {type(row).__name__}")
     name = detect_format(row, kind) if format == "auto" else format
-    return FORMATS[name].parse(row)
+    return replace(FORMATS[name].parse(row), unread=tuple(dict.fromkeys(_unread(row, FORMATS[name]))))
+
+
+def _unread(row: dict[str, Any], format: "Format") -> Iterator[str]:
+    """Keys that a row of this format, or its messages, hold beside those that are read; null counts as absent."""
+    for key, value in row.items():
+        if value is None:
+            continue
+        if key not in (*format.keys, *format.others, *ROW_KEYS):
+            yield key
+            continue
+        messages = value if isinstance(value, list) else [value]
+        for message in messages if key in format.keys else []:
+            if isinstance(message, dict):
+                yield from (
+                    f"{key}[].{name}" for name in message if message[name] is not None and name not in MESSAGE_KEYS
+                )
 
 
 def detect_format(row: dict[str, Any], kind: Kind) -> str:
@@ -464,18 +489,19 @@ def from_implicit_preference(row: dict[str, Any]) -> Preference:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write rows: the keys that tell it apart and the function that reads it."""
+    """A way to write rows: the keys that tell it apart, the function that reads it, other keys that this reads."""
 
     kind: Kind
     keys: tuple[str, ...]
     parse: Callable[[dict[str, Any]], Conversation | Preference]
+    others: tuple[str, ...] = ()
 
 
 FORMATS: dict[str, Format] = {
     "messages": Format("sft", ("messages",), from_messages),
     "sharegpt": Format("sft", ("conversations",), from_sharegpt),
     "prompt_completion": Format("sft", ("prompt", "completion"), from_prompt_completion),
-    "alpaca": Format("sft", ("instruction", "output"), from_alpaca),
+    "alpaca": Format("sft", ("instruction", "output"), from_alpaca, ("input", "history")),
     "preference": Format("dpo", ("prompt", "chosen", "rejected"), from_preference),
     "sharegpt_preference": Format("dpo", ("conversations", "chosen", "rejected"), from_sharegpt_preference),
     "implicit_preference": Format("dpo", ("chosen", "rejected"), from_implicit_preference),

@@ -7,6 +7,7 @@ reaches the terminal.
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,6 +31,8 @@ Mark = Literal["", "ok", "info", "warning", "error"]
 PRINTED: dict[Level, int] = {"error": 50, "warning": 20, "dropped": 10, "trimmed": 10}
 """Problems of each level that go to the terminal."""
 BAR = 40
+MAX_KEY = 60
+"""Characters of a row's key that are shown."""
 MIN_TEXT = 20
 """Columns of the terminal that a table's column of words may be folded to."""
 STYLES = {"ok": "green", "info": "", "warning": "yellow", "error": "bold red", "dropped": "cyan", "trimmed": "cyan"}
@@ -63,7 +66,7 @@ class Segment:
 
 def grids(report: Report) -> list[Grid]:
     """All tables of a report that have something to say, the most important first."""
-    made = [_rows(report), _reasons(report), _checks(report), _roles(report), _lengths(report)]
+    made = [_rows(report), _reasons(report), _unread(report), _checks(report), _roles(report), _lengths(report)]
     if report.kind == "dpo":
         made.append(_pairs(report))
     made.append(_plan(report))
@@ -108,6 +111,18 @@ def _reasons(report: Report) -> Grid:
         marks.append(level if level in ("error", "warning") else "info")
     columns = ["", "reason", *(split.name for split in report.splits), "first at"]
     return Grid("What was found, by reason", columns, "ll" + "r" * len(report.splits) + "p", rows, marks)
+
+
+def _unread(report: Report) -> Grid:
+    counts = sum((split.unread for split in report.splits), Counter())
+    rows = []
+    for key, _ in counts.most_common():
+        first = next(split.unread_places[key] for split in report.splits if key in split.unread)
+        shown = visible(key) if len(key) <= MAX_KEY else f"{visible(key[:MAX_KEY])}..."
+        rows.append([shown, *(f"{split.unread[key]:,}" for split in report.splits), first])
+    columns = ["key", *(split.name for split in report.splits), "first at"]
+    caption = "rows with a key that nothing reads; a misspelt one is among them"
+    return Grid("Keys not read", columns, "l" + "r" * len(report.splits) + "p", rows, [""] * len(rows), caption)
 
 
 def _checks(report: Report) -> Grid:
