@@ -11,29 +11,13 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig, load_config, load_for_tool, print_errors, tool_parser
-from qwen_train.model.adapters import resolve_start
-from qwen_train.model.memory import GIB, DoesNotFitError
-from qwen_train.model.shapes import shape_of
-from qwen_train.output.plan_view import (
-    CARDS,
-    Layout,
-    describe,
-    longest_row,
-    markdown_table,
-    plan,
-    print_measured,
-    print_plan,
-)
-from qwen_train.train.distributed import Run
-from qwen_train.train.preflight import check_packages
-from qwen_train.train.probe import idle_gpus, measure
-from qwen_train.train.sharding import check_shardable
+from qwen_train.config import SFTConfig, load_for_tool, print_errors, tool_parser
+from qwen_train.model.memory import CARDS, GIB, DoesNotFitError
 from qwen_train.train.signals import Interrupted
 
 PIPE_WIDTH = 200
@@ -42,36 +26,58 @@ PIPE_WIDTH = 200
 def main(argv: list[str]) -> int:
     """Plan, measure, and return the exit code. Raises ValueError or ArgumentError for mistakes."""
     options, others = parser().parse_known_args(argv)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    if options.table:
-        console.print(markdown_table([read(path) for path in family()]), markup=False, soft_wrap=True)
-        return 0
     check(options)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     _, config, _ = load_for_tool(options, others)
+    # Only now, as --help and a mistyped field need not wait for transformers.
+    from qwen_train.model.adapters import resolve_start
+    from qwen_train.model.shapes import shape_of
+    from qwen_train.output import plan_view
+    from qwen_train.train.probe import idle_gpus
+    from qwen_train.train.sharding import check_shardable
+
+    if options.table:
+        table = plan_view.markdown_table(plan_view.shipped_configs())
+        console.print(table, markup=False, soft_wrap=True)
+        return 0
     if config.model.continues:
         config, _ = resolve_start(config)  # its rank is that of the adapter
     if options.shards:
         check_shardable(config)
     shape = shape_of(config.model)
-    if not options.measure:
-        layouts = plan(config, shape, memory(options), options.gpus, options.shards)
-        report(options, console, describe(config, shape), layouts)
-        for note in idle_gpus(config, options.gpus):
-            print(note, file=sys.stderr)
-        return 0 if any(layout.fits for layout in layouts) else 1
+    title = plan_view.describe(config, shape)
+    if options.measure:
+        measure(options, console, config, shape, title)
+        return 0
+    layouts = plan_view.plan(config, shape, memory(options), options.gpus, options.shards)
+    if options.json:
+        print(json.dumps({"plan": title, "layouts": [layout.as_dict() for layout in layouts]}))
+    else:
+        plan_view.print_plan(layouts, title, console)
+    for note in idle_gpus(config, options.gpus):
+        print(note, file=sys.stderr)
+    return 0 if any(layout.fits for layout in layouts) else 1
+
+
+def measure(options: argparse.Namespace, console: Console, config: SFTConfig, shape: Any, title: str) -> None:
+    """Train for a few steps; the first process prints what was measured."""
+    from qwen_train.output.plan_view import longest_row, print_measured
+    from qwen_train.train import probe
+    from qwen_train.train.distributed import Run
+    from qwen_train.train.preflight import check_packages
+
     run = Run(config.run.seed, config.run.deterministic)
     try:
         run.check(config)
         check_packages(config)
-        measured = measure(run, config, shape, longest_row(config), options.steps)
+        measured = probe.measure(run, config, shape, longest_row(config), options.steps)
     finally:
         run.close()
     if run.is_main and options.json:
-        print(json.dumps({"plan": describe(config, shape), "measured": dataclasses.asdict(measured)}))
+        print(json.dumps({"plan": title, "measured": dataclasses.asdict(measured)}))
     elif run.is_main:
-        console.print(describe(config, shape), markup=False)
+        console.print(title, markup=False)
         print_measured(measured, console)
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,29 +118,6 @@ def memory(options: argparse.Namespace) -> dict[str, float]:
     if torch.cuda.is_available():
         return {torch.cuda.get_device_name(): torch.cuda.mem_get_info()[0] / GIB}
     return CARDS
-
-
-def report(options: argparse.Namespace, console: Console, title: str, layouts: list[Layout]) -> None:
-    """Print the layouts under what is planned: tables, or with `--json` one line."""
-    if options.json:
-        print(json.dumps({"plan": title, "layouts": [layout.as_dict() for layout in layouts]}))
-    else:
-        print_plan(layouts, title, console)
-
-
-def family() -> list[Path]:
-    """The shipped configs, small models first."""
-
-    def order(path: Path) -> tuple[float, str]:
-        return float(path.stem.split("_")[2].removesuffix("b")), path.stem.split("_")[0] != "sft", path.stem
-
-    return sorted((REPOSITORY / "configs").glob("*_qwen*_*b_*.yaml"), key=order)
-
-
-def read(path: Path) -> tuple:
-    """(name, config, shape) of a shipped config."""
-    config, _ = load_config(DPOConfig if path.stem.startswith("dpo") else SFTConfig, ["--config", str(path)])
-    return path.name, config, shape_of(config.model)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """launch/plan.py: every shipped config planned, the README's table, the family's shapes, exit codes, real steps."""
 
 import importlib.util
+import io
 import json
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,13 @@ from typing import Any
 import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config
-from qwen_train.model.memory import GIB, Shape
+from qwen_train.model.memory import CARDS, GIB, Shape
 from qwen_train.model.shapes import QWEN3, QWEN25, known_shape, shape_of
-from qwen_train.output.plan_view import CARDS, longest_row, markdown_table, plan
+from qwen_train.output.plan_view import FIELDS, longest_row, markdown_table, plan, print_plan, shipped_configs
 from tests.scripts import ROOT, TINY, ScriptRunner
 from tests.support import SHARED, needs_shared
 
@@ -62,7 +66,7 @@ def test_names_say_size_and_mode():
 
 def test_the_table_of_the_readme_is_the_plan():
     readme = (ROOT / "README.md").read_text()
-    table = markdown_table([read(path) for path in script().family()])
+    table = markdown_table(shipped_configs())
     assert table in readme, f"run: python launch/plan.py --table\n{table}"
     assert table.count("\n") == len(CONFIGS) + 1
     assert table.replace("21.5", "21.4", 1) not in readme
@@ -197,6 +201,34 @@ def test_a_continued_adapter_counts_with_its_own_rank(tmp_path: Path, capsys: py
         found = json.loads(capsys.readouterr().out)
         assert f"SFT of LoRA r {rank}," in found["plan"]
         assert found["layouts"][0]["adapters_bytes"] == 4 * shape.adapter(rank, "all-linear")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_nothing_is_cut_on_a_narrow_terminal(width: int, gpus: int):
+    """Every name that one has to copy, and every number, in as many tables as it takes."""
+    _, config, shape = read(ROOT / "configs/sft_qwen2.5_7b_lora.yaml")
+    made = plan(config, shape, CARDS | {"NVIDIA RTX PRO 6000 Blackwell Server Edition": 94.0}, gpus)
+    out = io.StringIO()
+    print_plan(made, "plan", Console(width=width, file=out))
+    text = out.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    tables = text.split("GiB a GPU")[1:]
+    assert all(field in table for table in tables for field in FIELDS)
+    assert (len(tables) == 1) == (width == 200)
+    found = [row.split()[1:] for row in text.splitlines() if row.startswith(FIELDS[0])]
+    assert [number for row in found for number in row] == [f"{one.candidate.tokens:,}" for one in made]
+    assert sum(text.count(name) for name in ("ddp.yaml", "fsdp2.yaml", "single.yaml")) == len(made)
+
+
+@pytest.mark.launch
+def test_help_does_not_wait_for_transformers(tmp_path: Path):
+    code = f"import runpy, sys; sys.argv = ['plan.py', '--help']; runpy.run_path({str(ROOT / 'launch/plan.py')!r}, "
+    code += "run_name='__main__')"
+    names = "print('loaded', [name for name in ('transformers', 'peft', 'accelerate') if name in sys.modules])"
+    script = f"import atexit, sys\natexit.register(lambda: {names})\n{code}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "--gpus N" in done.stdout and done.stdout.endswith("loaded []\n")
 
 
 def test_without_a_gpu_the_usual_cards_are_planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

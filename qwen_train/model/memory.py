@@ -12,6 +12,8 @@ from typing import Any
 from qwen_train.config import Config, DPOConfig, SFTConfig, reference_source
 
 GIB = 2**30
+CARDS = {"24 GB": 23.5, "48 GB": 47.0, "80 GB": 79.0, "141 GB": 139.5}
+"""GiB that are free on an empty card: an RTX 4090, an L40S, an A100 or H100, an H200."""
 CPU_TOKENS = 4096
 GPU_TOKENS = (16384, 8192, 4096, 2048, 1024, 512)
 """Budgets that `auto` tries, as far as they hold the longest row; above 16,384 tokens a GPU gains nothing."""

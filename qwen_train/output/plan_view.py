@@ -1,20 +1,21 @@
 """Will it fit: bytes by component on each card and layout, for the terminal, as JSON, and the README's table."""
 
 import dataclasses
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qwen_train.config import DPOConfig, SFTConfig
-from qwen_train.model.memory import GIB, Candidate, Shape, fitting, usable
+from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig, load_config
+from qwen_train.model.memory import CARDS, GIB, Candidate, Shape, fitting, usable
+from qwen_train.model.shapes import shape_of
 from qwen_train.train.probe import Measured
 from qwen_train.train.sharding import why_unshardable
 
-CARDS = {"24 GB": 23.5, "48 GB": 47.0, "80 GB": 79.0, "141 GB": 139.5}
-"""GiB that are free on an empty card: an RTX 4090, an L40S, an A100 or H100, an H200."""
 SHARDED_TIME = 1.04
 """Time of a step under FSDP2 as a multiple, beside whole models: full training of 7B, 8,595 tokens/s on one H200 and
 8,287 on each of two."""
@@ -28,6 +29,11 @@ COMPONENTS = {
     "activations": "activations",
     "working": "head chunk, or a layer in backward",
 }
+
+FIELDS = ("batch.tokens_per_microbatch", "model.checkpoint_layers")
+"""What a plan gives values for, to be copied."""
+NAME_WIDTH = 24  # characters of a card's name in a line
+COLUMN_GAP = 2  # characters between columns, of which one is rich's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,25 +106,60 @@ def describe(config: SFTConfig, shape: Any) -> str:
 
 
 def print_plan(layouts: Sequence[Layout], title: str, console: Console) -> None:
-    """GiB a GPU by component, a column for each layout."""
+    """GiB a GPU by component, a column for each layout; several tables where the terminal is too narrow for one."""
     console.print(title, markup=False)
-    table = Table(box=box.SIMPLE_HEAD, title="GiB a GPU", title_justify="left")
-    table.add_column("")
-    for layout in layouts:
-        name = layout.card if layout.gpus == 1 else f"{layout.gpus} x {layout.card}"
-        table.add_column(f"{name}\n{layout.accelerate}", justify="right")
     estimates = [layout.candidate.estimate for layout in layouts]
-    for name, words in COMPONENTS.items():
-        if any(getattr(estimate, name) for estimate in estimates):
-            table.add_row(words, *(f"{getattr(estimate, name) / GIB:.1f}" for estimate in estimates))
-    table.add_row("together", *(f"{estimate.total / GIB:.1f}" for estimate in estimates))
-    table.add_row("can be used", *(f"{usable(int(layout.free_gib * GIB)) / GIB:.1f}" for layout in layouts))
-    table.add_section()
-    table.add_row("activations, KiB a token", *(f"{one.activations_per_token / 1024:,.0f}" for one in estimates))
-    table.add_row("batch.tokens_per_microbatch", *(f"{layout.candidate.tokens:,}" for layout in layouts))
-    table.add_row("model.checkpoint_layers", *(str(layout.candidate.recomputed) for layout in layouts))
-    table.add_row("", *("fits" if layout.fits else "DOES NOT FIT" for layout in layouts))
-    console.print(table)
+    names = [name for name in COMPONENTS if any(getattr(estimate, name) for estimate in estimates)]
+    columns = [_column(layout, names) for layout in layouts]
+    labels = [*(COMPONENTS[name] for name in names), "together", "can be used", "activations, KiB a token", *FIELDS, ""]
+    label_width = max(map(len, FIELDS))  # names that are to be copied are not cut
+    for shown in _side_by_side(columns, console.width - label_width):
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title="\nGiB a GPU",
+            title_justify="left",
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 0, 0, COLUMN_GAP - 1),
+        )
+        table.add_column("", min_width=label_width)
+        for column in shown:
+            table.add_column(column[0], justify="right", min_width=_width(column))
+        for row, label in enumerate(labels, start=1):
+            if label.startswith("activations, "):
+                table.add_section()
+            table.add_row(label, *(column[row] for column in shown))
+        console.print(table)
+
+
+def _side_by_side(columns: Sequence[list[str]], room: int) -> Iterator[list[list[str]]]:
+    """Columns cut into tables of at most `room` characters, one column at least."""
+    shown: list[list[str]] = []
+    for column in columns:
+        if shown and sum(_width(one) + COLUMN_GAP for one in [*shown, column]) > room:
+            yield shown
+            shown = []
+        shown.append(column)
+    yield shown
+
+
+def _column(layout: Layout, components: Sequence[str]) -> list[str]:
+    """Heading and cells of a layout, as in `print_plan`'s labels."""
+    name = layout.card if layout.gpus == 1 else f"{layout.gpus} x {layout.card}"
+    estimate = layout.candidate.estimate
+    sizes = [getattr(estimate, component) for component in components]
+    return [
+        "\n".join([*textwrap.wrap(name, NAME_WIDTH), layout.accelerate]),
+        *(f"{size / GIB:.1f}" for size in [*sizes, estimate.total, usable(int(layout.free_gib * GIB))]),
+        f"{estimate.activations_per_token / 1024:,.0f}",
+        f"{layout.candidate.tokens:,}",
+        str(layout.candidate.recomputed),
+        "fits" if layout.fits else "DOES NOT FIT",
+    ]
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(len(line) for cell in column for line in cell.splitlines())
 
 
 def print_measured(measured: Measured, console: Console) -> None:
@@ -137,6 +178,19 @@ def print_measured(measured: Measured, console: Console) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The README's table
+
+
+def shipped_configs() -> list[tuple[str, SFTConfig, Any]]:
+    """(name, config, shape) of the configs in configs/, small models first."""
+
+    def order(path: Path) -> tuple[float, bool, str]:
+        task, _, size, _ = path.stem.split("_")
+        return float(size.removesuffix("b")), task != "sft", path.stem
+
+    paths = sorted((REPOSITORY / "configs").glob("*_qwen*_*b_*.yaml"), key=order)
+    kinds = [DPOConfig if path.stem.startswith("dpo") else SFTConfig for path in paths]
+    configs = [load_config(kind, ["--config", str(path)])[0] for kind, path in zip(kinds, paths, strict=True)]
+    return [(path.name, config, shape_of(config.model)) for path, config in zip(paths, configs, strict=True)]
 
 
 def markdown_table(configs: Sequence[tuple[str, SFTConfig, Any]]) -> str:
