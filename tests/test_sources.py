@@ -10,7 +10,7 @@ import pytest
 
 from qwen_train.config import DataConfig, DPOConfig, SFTConfig
 from qwen_train.data.formats import Conversation, parse_row
-from qwen_train.data.sources import Source, find_sources, read_rows, resolve_paths
+from qwen_train.data.sources import Source, content_hash, find_sources, read_rows, resolve_paths
 
 U = {"role": "user", "content": "Hi"}
 A = {"role": "assistant", "content": "Hello."}
@@ -138,11 +138,54 @@ def test_unreadable_sources(tmp_path: Any) -> None:
     datasets.DatasetDict(
         {"a": datasets.Dataset.from_dict({"n": [1]}), "b": datasets.Dataset.from_dict({"n": [1]})}
     ).save_to_disk(str(tmp_path / "splits"))
+    for folder, listing in (("odd", "[]"), ("none", '{"splits": []}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dataset_dict.json").write_text(listing)
     for name, problem in (
+        ("odd", "not a readable `datasets` folder"),
+        ("none", "holds no split"),
         ("a.csv", "unknown suffix"),
         ("a.parquet", "not a readable Parquet file"),
         ("empty", "holds no"),
-        ("splits", "holds the splits a, b"),
+        ("splits", r"^data: '.*splits' holds the splits a, b; name one of them: .*splits:a or .*splits:b"),
+        ("splits:c", r"the splits there are a, b; name one of them"),
+        ("splits/a:b", r"holds one set without splits; leave out :b"),
     ):
         with pytest.raises(ValueError, match=problem):
             list(read_rows(0, str(tmp_path / name)))
+
+
+def test_a_split_of_a_folder_is_named_as_on_the_hub(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.eval took the split train of such a folder without a word."""
+    splits = {
+        name: datasets.Dataset.from_list([{"messages": [U, {**A, "content": name}]}]) for name in ("train", "test")
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(tmp_path / "set"), "set", "./set"):
+        for name in splits:
+            ((place, row),) = [(row.place, json.loads(row.text)) for row in read_rows(0, f"{folder}:{name}")]
+            assert place == f"{folder}:{name}: row 0" and row["messages"][1]["content"] == name
+    with pytest.raises(ValueError, match=r"^data\.eval: 'set' holds the splits train, test; name one of them"):
+        find_sources(SFTConfig(data=DataConfig(train="set:train", eval="set")))
+    hashes = [content_hash(path) for path in ("set:train", "set:test", "set/train")]
+    assert hashes[0] != hashes[1] and hashes[0] == hashes[2]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_another_encoding_is_one_error(encoding: str, suffix: str, tmp_path: Any) -> None:
+    rows = [{"messages": [U, {**A, "content": "日本語"}]}] * 40
+    text = json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=rf"{path}: the file is {encoding[:6].upper()}, not UTF-8; save it as UTF-8$"):
+        list(read_rows(0, str(path)))
+    for mark in ("", "\ufeff"):
+        path.write_text(mark + text)
+        assert [row for _, row in places_and_rows(path)] == rows
+
+
+def test_a_nul_at_the_beginning_of_a_file_is_one_rows_error(tmp_path: Any) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\0{"messages": []}\n{"messages": []}\n')
+    assert len(list(read_rows(0, str(tmp_path / "a.jsonl")))) == 2

@@ -141,10 +141,8 @@ def _unread(row: dict[str, Any], format: "Format") -> Iterator[str]:
             continue
         messages = value if isinstance(value, list) else [value]
         for message in messages if key in format.keys else []:
-            if isinstance(message, dict):
-                yield from (
-                    f"{key}[].{name}" for name in message if message[name] is not None and name not in MESSAGE_KEYS
-                )
+            named = message.items() if isinstance(message, dict) else ()
+            yield from (f"{key}[].{name}" for name, item in named if item is not None and name not in MESSAGE_KEYS)
 
 
 def detect_format(row: dict[str, Any], kind: Kind) -> str:

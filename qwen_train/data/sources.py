@@ -11,6 +11,7 @@ nulls in them) pass unharmed; Arrow gives every struct of a column the same keys
 which is undone here for Parquet, `datasets` folders and hub sets. Nothing else touches the `datasets` package.
 """
 
+import codecs
 import glob
 import hashlib
 import json
@@ -28,6 +29,7 @@ from qwen_train.config import DataPaths, DPOConfig, Kind, SFTConfig
 from qwen_train.data.formats import check_format, is_json, loads, one_line
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -127,10 +129,10 @@ def sources_of(paths: DataPaths, kind: Kind, format: str, name: str) -> list[Sou
 
 def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parquet", "folder", "hub"]:
     """How a path will be read; ValueError when it is neither a readable file or folder nor a hub id."""
+    if _set_folder(path, name) is not None:
+        return "folder"
     file = Path(path).expanduser()
     if file.is_dir():
-        if (file / "state.json").exists() or (file / "dataset_dict.json").exists():
-            return "folder"
         if any(file.glob("*.parquet")):
             return "parquet"
         raise ValueError(f"{name}: the folder {path!r} holds no `datasets` set and no .parquet file; name a file in it")
@@ -149,12 +151,45 @@ def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parq
     return "hub"
 
 
+def _set_folder(path: str, name: str) -> Path | None:
+    """The folder of the one `datasets` set that a path means: itself, or one split of it as folder:split.
+
+    None for all other paths; ValueError for a split that is not there, and where several are and none is named.
+    """
+    folder, split = Path(path).expanduser(), ""
+    if not folder.exists():
+        before, _, split = path.rpartition(":")
+        folder = Path(before).expanduser()
+        if not (before and split):
+            return None
+    if (listing := folder / "dataset_dict.json").exists():
+        try:
+            splits: list[str] = [*json.loads(listing.read_text())["splits"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{name}: {path!r}: not a readable `datasets` folder: {one_line(error)}") from error
+        if not splits:
+            raise ValueError(f"{name}: {path!r} holds no split; give a folder with rows")
+        if not split and len(splits) > 1:
+            examples = " or ".join(f"{path}:{known}" for known in splits[:2])
+            raise ValueError(f"{name}: {path!r} holds the splits {', '.join(splits)}; name one of them: {examples}")
+        if split and split not in splits:
+            raise ValueError(f"{name}: {path!r}: the splits there are {', '.join(splits)}; name one of them")
+        return folder / (split or splits[0])
+    if (folder / "state.json").exists():
+        if split:
+            raise ValueError(f"{name}: {path!r}: the folder holds one set without splits; leave out :{split}")
+        return folder
+    return None
+
+
 def content_hash(path: str) -> str:
     """sha256 of what a source holds: the bytes of its files; for a hub set the fingerprint that `datasets` gives it."""
-    if source_kind(path) == "hub":
+    kind = source_kind(path)
+    if kind == "hub":
         return str(_load_arrow(path)._fingerprint)
     digest = hashlib.sha256()
-    root = Path(path).expanduser()
+    root = _set_folder(path, "data") if kind == "folder" else Path(path).expanduser()
+    assert root is not None
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
         if file.is_file():
             digest.update(str(file.relative_to(root)).encode())
@@ -176,8 +211,17 @@ def read_rows(source: int, path: str) -> Iterator[RawRow]:
             yield RawRow(source, path, index, text, has_lines=False)
 
 
+def _refuse_utf16(path: str, head: bytes) -> None:
+    """One error for a file of another encoding, by its byte order mark or the NULs between its ASCII characters."""
+    encoding = json.detect_encoding(head[:4])
+    if encoding.startswith(("utf-16", "utf-32")) and (head[:2] in UTF16_MARKS or 3 * head.count(0) > len(head)):
+        raise ValueError(f"{path}: the file is {encoding[:6].upper()}, not UTF-8; save it as UTF-8")
+
+
 def _read_lines(source: int, path: str) -> Iterator[RawRow]:
     with open(Path(path).expanduser(), "rb") as stream:
+        _refuse_utf16(path, stream.read(64))
+        stream.seek(0)
         for index, line in enumerate(stream):
             if not (line := line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip():
                 continue
@@ -191,6 +235,7 @@ def _read_lines(source: int, path: str) -> Iterator[RawRow]:
 def _read_json(source: int, path: str) -> Iterator[RawRow]:
     """A JSON list of objects; a file of one object a line is read as lines, a single object as one row."""
     data = Path(path).expanduser().read_bytes()
+    _refuse_utf16(path, data[:64])
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -226,15 +271,9 @@ def _load_arrow(path: str) -> Any:
             raise ValueError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
     if kind == "folder":
         try:
-            loaded = datasets.load_from_disk(expanded)
+            return datasets.load_from_disk(str(_set_folder(path, "data")))
         except Exception as error:
             raise ValueError(f"{path}: not a readable `datasets` folder: {one_line(error)}") from error
-        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-        if len(splits) == 1:
-            return next(iter(splits.values()))
-        if "train" not in splits:
-            raise ValueError(f"{path}: holds the splits {', '.join(splits)} and no train; name one split's folder")
-        return splits["train"]
     name, _, split = path.partition(":")
     try:
         return datasets.load_dataset(name, split=split or "train")
