@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +42,11 @@ def main(argv: list[str]) -> int:
         console.print(table, markup=False, soft_wrap=True)
         return 0
     if config.model.continues:
-        config, _ = resolve_start(config)  # its rank is that of the adapter
+        if Path(str(config.model.adapter)).exists():
+            config, _ = resolve_start(config)  # its rank is that of the adapter
+        else:
+            missing = f"{config.model.adapter} is not there: planned with lora.r {config.lora.r}"
+            print(f"model.adapter: {missing}, until the adapter tells its own", file=sys.stderr)
     if options.shards:
         check_shardable(config)
     shape = shape_of(config.model)

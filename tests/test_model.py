@@ -21,8 +21,8 @@ from qwen_train.config import SFTConfig, load_config
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
 from qwen_train.model import load
 from qwen_train.model.load import load_model, load_tokenizer, special_tokens
-from qwen_train.model.memory import resolve_auto
-from qwen_train.model.packed import PackedLM, trainable_parameters
+from qwen_train.model.memory import estimate_memory, resolve_auto
+from qwen_train.model.packed import PackedLM, num_adapter_parameters, trainable_parameters
 from qwen_train.train.distributed import Run
 from qwen_train.train.script import _explained
 from tests.preferences import edit_json
@@ -572,10 +572,20 @@ def test_a_base_that_cannot_be_written(world: World, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_continued_adapter_keeps_its_rank_on_the_card(world: World, start: Trained, on_start: tuple[str, ...]):
+def test_a_continued_adapter_keeps_its_rank(world: World, start: Trained, on_start: tuple[str, ...], monkeypatch):
+    """On the card, and where `settle` counts the optimizer's states that are to come."""
     adapter = start.folder / "adapter"
+    coming: list[tuple[int, int]] = []
+    settle = sft.settle
+
+    def settling(run: Run, given: Any, config: Any, model: PackedLM, optimizer: Any, longest: int, shape: Any) -> Any:
+        coming.append((estimate_memory(given, shape, 100, 0).optimizer, 8 * (num_adapter_parameters(model) or 0)))
+        return settle(run, given, config, model, optimizer, longest, shape)
+
+    monkeypatch.setattr(sft, "settle", settling)
     trained = world.train(f"model.adapter={adapter}", "model.adapter_start=continue", "run.steps=1", *on_start)
     assert json.loads((trained.folder / "adapter/adapter_config.json").read_text())["r"] == 4
+    assert len(coming) == 1 and coming[0][0] == coming[0][1] > 0
     assert (
         "The adapter's rank is 4; of the ranks that vLLM takes, 8 is the next"
         in (trained.folder / "README.md").read_text()

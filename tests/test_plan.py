@@ -200,6 +200,7 @@ def test_a_continued_adapter_counts_with_its_own_rank(tmp_path: Path, capsys: py
         script().main([*start, "--model.adapter_start", how, *more, "--memory", "79", "--json"])
         found = json.loads(capsys.readouterr().out)
         assert f"SFT of LoRA r {rank}," in found["plan"]
+        assert found["layouts"][0]["optimizer_bytes"] == 8 * shape.adapter(rank, "all-linear")
         assert found["layouts"][0]["adapters_bytes"] == 4 * shape.adapter(rank, "all-linear")
 
 
@@ -229,6 +230,15 @@ def test_help_does_not_wait_for_transformers(tmp_path: Path):
     script = f"import atexit, sys\natexit.register(lambda: {names})\n{code}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "--gpus N" in done.stdout and done.stdout.endswith("loaded []\n")
+
+
+def test_an_adapter_that_does_not_exist_yet(capsys: pytest.CaptureFixture[str]):
+    """Before the SFT run that makes it, the plan goes by the config, and says so."""
+    start = ["--model.from_scratch", "false", "--model.adapter", "runs/none", "--model.adapter_start", "continue"]
+    script().main([*start, "--memory", "79", "--json"])
+    found = capsys.readouterr()
+    assert "SFT of LoRA r 64," in json.loads(found.out)["plan"]
+    assert found.err.startswith("model.adapter: runs/none is not there: planned with lora.r 64")
 
 
 def test_without_a_gpu_the_usual_cards_are_planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
