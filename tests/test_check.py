@@ -618,6 +618,20 @@ def test_the_terminal_prints_a_limited_number_and_counts_the_rest(template, tmp_
     assert "NOT READY: 73 errors" in text
 
 
+def test_the_same_problem_row_after_row_is_printed_once_with_its_count(template, tmp_path):
+    """Pairs given to SFT printed the same sentence fifty times."""
+    text = shown(template, [*GOOD, *[pair("Hi", "Red.", "Blue.")] * 73, "{", pair("a", "b", "c")], tmp_path)
+    (first, _, other) = [line for line in text.splitlines() if line.startswith("error   /") or "the same in" in line]
+    assert first.startswith(f"error   {tmp_path}/train.jsonl:11: has chosen and rejected")
+    again = [line.strip() for line in text.splitlines() if "the same in" in line]
+    places = ", ".join(f"{tmp_path}/train.jsonl:{line}" for line in (12, 13, 14))
+    assert again == [f"the same in 73 more rows: {places}, ..."]
+    assert other.startswith(f"error   {tmp_path}/train.jsonl:84: malformed JSON") and "NOT READY: 75 errors" in text
+    assert " more; --html" not in text
+    two = shown(template, [*GOOD, *[pair("Hi", "Red.", "Blue.")] * 2], tmp_path)
+    assert f"the same in another row: {tmp_path}/train.jsonl:12\n" in two
+
+
 @pytest.mark.parametrize("width", [40, 80, 90, 100, 120, 200])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_no_number_is_cut_and_no_path_is_folded_at_any_width(kind, width, template, tmp_path):

@@ -5,7 +5,6 @@ reaches the terminal.
 """
 
 import dataclasses
-import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_train.data.chat import Template
-from qwen_train.data.check import LEVELS, Example, Level, Part, Report, Split, histogram, pair_statistics
+from qwen_train.data.check import LEVELS, Example, Level, Part, Problem, Report, Split, histogram, pair_statistics
 from qwen_train.data.check import percentiles as length_percentiles
 from qwen_train.data.packing import token_weights
 from qwen_train.data.tokenize import NOTES
@@ -30,6 +29,8 @@ from qwen_train.data.tokenize import NOTES
 Mark = Literal["", "ok", "info", "warning", "error"]
 PRINTED: dict[Level, int] = {"error": 50, "warning": 20, "dropped": 10, "trimmed": 10}
 """Problems of each level that go to the terminal."""
+PLACES = 3
+"""Places that are printed of the rows with the same problem as one printed before."""
 BAR = 40
 MAX_KEY = 60
 """Characters of a row's key that are shown."""
@@ -472,9 +473,22 @@ def _print_problems(report: Report, console: Console) -> None:
         return
     console.print(Text("\nProblems", "bold"))
     for level, listed in groupby(report.problems, key=lambda problem: problem.level):
-        for problem in itertools.islice(listed, PRINTED[level]):
+        alike: dict[tuple[str, str], list[Problem]] = {}
+        for problem in listed:
+            alike.setdefault((problem.reason, problem.message), []).append(problem)
+        more = report.counts[level]
+        for (first, *others), _ in zip(alike.values(), range(PRINTED[level]), strict=False):
+            more -= 1 + len(others)
             line = Text(f"{level:<8}", STYLES[level])
-            line.append(f"{visible(problem.place)}: {visible(problem.message)} [{problem.reason}]", "default")
+            line.append(f"{visible(first.place)}: {visible(first.message)} [{first.reason}]", "default")
             console.print(line, soft_wrap=True)
-        if (more := report.counts[level] - PRINTED[level]) > 0:
+            if others:
+                rows = f"{len(others):,} more rows" if len(others) > 1 else "another row"
+                console.print(Text(f"{'':<8}the same in {rows}: {_places(others)}"), soft_wrap=True)
+        if more > 0:
             console.print(Text(f"{'':<8}... and {more:,} more; --html lists them", STYLES[level]), soft_wrap=True)
+
+
+def _places(problems: list[Problem]) -> str:
+    shown = ", ".join(visible(problem.place) for problem in problems[:PLACES])
+    return f"{shown}, ..." if len(problems) > PLACES else shown
