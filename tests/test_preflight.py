@@ -1,7 +1,9 @@
 """Refusals before any data is read: packages that are missing, folders that are no model, targets of LoRA."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from qwen_train.config import DPOConfig, SFTConfig, load_config
 from qwen_train.train.preflight import preflight
-from tests.scripts import TINY, ScriptRunner
+from tests.scripts import ROOT, TINY, ScriptRunner
 
 
 def config(*words: str, kind: type[SFTConfig] = SFTConfig) -> SFTConfig:
@@ -87,6 +89,18 @@ def test_paths_that_are_no_folder(tmp_path: Path, path: str):
     file.touch()
     with pytest.raises(ValueError, match=r"^model.path: .*(does not exist|is a file); give "):
         preflight(config(f"model.path={path.format(file=file)}"))
+
+
+@pytest.mark.launch
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path):
+    """One line, instead of five more tries with two lines of log each."""
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "launch/sft.py", "--model.path=Qwen/Qwen2.5-7B-Instruct", f"--run.dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | nobody, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: model.path: Qwen/Qwen2.5-7B-Instruct is not a folder here")
+    assert "the hub could not be reached (ConnectError: [Errno 111] Connection refused); give a model's folder" in line
 
 
 def test_the_other_model_of_dpo_too(tmp_path: Path):

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import has_file
 
 from qwen_train.config import DPOConfig, SFTConfig, reference_source
+from qwen_train.data.formats import one_line
 from qwen_train.model.load import load_model_config
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -27,6 +30,7 @@ def preflight(config: SFTConfig) -> None:
     """
     check_packages(config)
     _check_folder("model.path", config.model.path)
+    _check_hub("model.path", config.model.path, config.model.revision)
     shape = load_model_config(config.model)
     if not config.model.from_scratch:
         _check_weights("model.path", config.model.path, config.model.revision)
@@ -71,6 +75,22 @@ def _check_folder(field: str, path: str) -> None:
         raise ValueError(f"{field}: {path} is a file; give the folder of the model")
     elif not HUB_ID.fullmatch(path):
         raise ValueError(f"{field}: the folder {path} does not exist; give a model's folder or hub id")
+
+
+def _check_hub(field: str, path: str, revision: str | None) -> None:
+    """The hub can be reached for a model that is not here: asked once, where a download would try for half a minute."""
+    if Path(path).is_dir():
+        return
+    try:
+        if not isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=10)
+    except (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError):
+        return  # an answer, nobody to ask, or no hub id: what that means is said where the config is read
+    except Exception as error:  # connection, proxy, certificate: their types are of whatever the hub's client uses
+        raise ValueError(
+            f"{field}: {path} is not a folder here, its config is not in the hub's cache, and the hub could not be "
+            f"reached ({one_line(error)}); give a model's folder, or check the connection"
+        ) from None
 
 
 def _check_weights(field: str, path: str, revision: str | None) -> None:
