@@ -56,8 +56,10 @@ def one_process(folder: Path, cache_dir: Path, scripts: ScriptRunner) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(folder: Path, cache_dir: Path) -> Path:
-    result = launch("launch/sft.py", *arguments(folder, cache_dir, "two"), accelerate=TWO)
+    accelerate = (*TWO, "--gradient-accumulation-steps", "4")
+    result = launch("launch/sft.py", *arguments(folder, cache_dir, "two"), accelerate=accelerate)
     assert result.code == 0, result.output
+    (folder / "two.txt").write_text(result.output)
     return folder / "two"
 
 
@@ -81,6 +83,11 @@ def test_two_ranks_count_alike(one_process: Path, two_processes: Path, name: str
     assert largest_difference(one_process, two_processes, name) <= 1e-12
     state = json.loads((two_processes / f"checkpoints/step-{STEPS:06d}/state.json").read_text())
     assert state["world_size"] == 2
+
+
+def test_accumulation_that_the_launcher_is_asked_for_is_ignored_and_said(folder: Path, two_processes: Path):
+    line = "accelerate: gradient_accumulation_steps 4 is ignored: a step is batch.sequences_per_step"
+    assert (folder / "two.txt").read_text().count(line) == 1
 
 
 def test_two_ranks_answer_alike(one_process: Path, two_processes: Path):

@@ -52,7 +52,9 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         judge_launch(int(os.environ.get("WORLD_SIZE", 1)))
-        asked = int(os.environ.get("WORLD_SIZE") or asked_of_launcher())
+        # With `--cpu`, or `distributed_type: MULTI_CPU` without an MPI launcher, accelerate starts one process however
+        # many were asked for, and tells it nothing of the others.
+        asked = int(os.environ.get("WORLD_SIZE") or asked_of_launcher("num_processes") or 1)
         self.peers = _meet_peers()
         # Mixed precision is our own affair (masters in fp32, compute in bf16), so accelerate's autocast stays off.
         # Without a GPU accelerate must be told of the CPU, or it starts no process group whatever its YAML says.

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qwen_train.train.blocks import Block, BlockReader, Shard
+from qwen_train.train.signals import asked_of_launcher
 
 if TYPE_CHECKING:
     from qwen_train.config import SFTConfig
@@ -66,8 +67,8 @@ def judge_settings(accelerator: Accelerator) -> list[str]:
     if kind not in SUPPORTED:
         raise ValueError(f"accelerate: distributed_type {kind.value} is not supported; {REMEDY}")
     notes = []
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("", "1"):
+    steps = asked_of_launcher("gradient_accumulation_steps") or "1"  # accelerate hands it on to DeepSpeed alone
+    if steps != "1":
         notes.append(
             f"accelerate: gradient_accumulation_steps {steps} is ignored: a step is batch.sequences_per_step, cut "
             "by batch.tokens_per_microbatch"

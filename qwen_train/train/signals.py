@@ -128,18 +128,14 @@ def _launcher() -> list[str]:
     return words if any(Path(word).name in LAUNCHERS for word in words[:3]) else []
 
 
-def asked_of_launcher() -> int:
-    """Processes that the command line of `accelerate launch` or its YAML asks for, 1 where that cannot be seen.
-
-    With `--cpu`, or `distributed_type: MULTI_CPU` without an MPI launcher, accelerate starts one process however many
-    were asked for, and tells it nothing of the others.
-    """
+def asked_of_launcher(name: str) -> str | None:
+    """What the command line of `accelerate launch`, or its YAML, gives an option; None where it is not seen there."""
     words = _launcher()
     options = [option.replace("-", "_") for word in words for option in word.split("=", 1)]
     values = [value for word in words for value in word.split("=", 1)]
-    if "__num_processes" in options:
-        return int(values[options.index("__num_processes") + 1])
+    if f"__{name}" in options:
+        return values[options.index(f"__{name}") + 1]
     if "__config_file" in options:
         settings = yaml.safe_load(Path(values[options.index("__config_file") + 1]).read_text())
-        return int(settings.get("num_processes", 1))
-    return 1
+        return str(settings[name]) if name in settings else None
+    return None
