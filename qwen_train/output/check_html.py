@@ -49,7 +49,8 @@ th, td { padding: 5px 12px 5px 0; vertical-align: top; }
 td { border-top: 1px solid var(--line); } tr:first-child > td { border-top: 0; }
 td:last-child, th:last-child { padding-right: 0; }
 .r { text-align: right; white-space: nowrap; } .l, .p { overflow-wrap: anywhere; }
-.r + .l, .r + .p { padding-left: 16px; } td.p { min-width: 220px; } td.r + td.l { min-width: 160px; }
+.r + .l, .r + .p { padding-left: 16px; }
+td.p { min-width: 220px; } table.grid td.l:not(:first-child) { min-width: 160px; }
 table.grid td.l:first-child { white-space: nowrap; } table.pairs { width: auto; min-width: 420px; }
 tr.ok > td:first-child::before, tr.warning > td:first-child::before, tr.error > td:first-child::before,
 tr.info > td:first-child::before { content: "\\25CF"; margin-right: 8px; }
@@ -64,7 +65,8 @@ tr.info > td:first-child::before { color: var(--info); }
 .limit td { border-bottom: 2px dashed var(--error); }
 details { border-top: 1px solid var(--line); padding: 8px 0; } details:first-of-type { border-top: 0; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; } summary .soft { font-weight: 400; }
-.problems { table-layout: fixed; } .problems td:first-child { width: 30%; } .problems td:last-child { width: 17%; }
+.problems { table-layout: fixed; min-width: 640px; }
+.problems td:first-child { width: 30%; } .problems td:last-child { width: 17%; }
 .problems tr { content-visibility: auto; contain-intrinsic-height: 30px; }
 .place, .row { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
 .row { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--page); border-radius: 8px; padding: 10px 12px;
