@@ -28,7 +28,7 @@ from qwen_train.model.adapters import (
 from qwen_train.model.load import _adapted, load_model_config, load_tokenizer, place_of_weights
 from qwen_train.model.packed import load_trainable
 from qwen_train.model.shapes import known_shape
-from qwen_train.output.merge import load_plainly, packed, roomiest_device, score, write_joined
+from qwen_train.output.merge import device_with_room, load_plainly, packed, score, write_joined
 from tests.preferences import (
     batch_of,
     dpo_config,
@@ -160,14 +160,17 @@ def test_random_weights_of_nf4_are_drawn_where_there_is_room(gigabytes: int, pla
     assert place_of_weights(drawn, shape, gpu, base) == gpu
 
 
-def test_a_second_copy_is_beside_the_model_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model of an NF4 run, whose packed weights say nothing of a plain copy's: 2.5 bytes for each parameter."""
-    shape = known_shape("Qwen/Qwen2.5-72B")
-    packed_head = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
-    lm: Any = SimpleNamespace(config=shape, lm_head=packed_head, parameters=lambda: iter([torch.empty(10)]))
-    for free, place in ((170e9, "cpu"), (185e9, "cuda")):  # 72.7 billion parameters
+def test_a_plain_copy_is_on_the_card_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by the config: the packed weights of an NF4 run say nothing of a plain copy's."""
+    shape, gpu = known_shape("Qwen/Qwen2.5-72B"), torch.device("cuda")  # 72.7 billion parameters
+    for dtype, free, place in (
+        (torch.bfloat16, 170e9, "cpu"),
+        (torch.bfloat16, 185e9, "cuda"),
+        (torch.float32, 320e9, "cpu"),
+    ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
-        assert roomiest_device(lm).type == place
+        assert device_with_room(gpu, shape, dtype).type == place
+    assert device_with_room(CPU, shape, torch.bfloat16) == CPU
 
 
 def test_the_adapter_of_a_merge_start_holds_both_for_whoever_loads_it_plainly(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from qwen_train.config import Kind
+from qwen_train.config import Kind, ModelConfig
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
 from qwen_train.data.packing import Batch, pack_sequences, supervised_answer
 from qwen_train.data.tokenize import JudgedRow, judge
@@ -34,7 +34,7 @@ from qwen_train.model.adapters import (
     read_base,
     without_adapters,
 )
-from qwen_train.model.load import special_tokens
+from qwen_train.model.load import load_model_config, special_tokens
 from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.output.export import shown_path, write_adapter, write_full_model, write_model_card
@@ -95,14 +95,12 @@ def packed(lm: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase
     return PackedLM(lm, "sdpa", 4096, end, pad, max_length=0).eval()
 
 
-def roomiest_device(lm: PreTrainedModel) -> torch.device:
-    """The device of `lm` if a second copy of it fits there, else the CPU."""
-    device = lm.lm_head.weight.device
+def device_with_room(device: torch.device, model_config: Any, dtype: torch.dtype | str) -> torch.device:
+    """`device` if the model fits into what is free there, else the CPU; `dtype` may be "auto", the config's own."""
     if device.type != "cuda":
         return device
-    # 2 bytes a parameter of the plain copy, and a quarter for its activations. NF4's own tensors are packed: the config
-    # tells how many parameters there are.
-    needed = 2.5 * Shape.of(lm.config).parameters
+    stored = (model_config.dtype or torch.float32) if isinstance(dtype, str) else dtype
+    needed = (stored.itemsize + 0.5) * Shape.of(model_config).parameters  # and half a byte for activations
     return device if torch.cuda.mem_get_info(device)[0] > needed else torch.device("cpu")
 
 
@@ -139,8 +137,9 @@ def write_joined(
     loaded from the disk as anybody would and compared. Raises ValueError where it differs by more than `tolerance`
     (mean nats a token): better nothing than another model. One process calls it.
     """
-    dtype = trained.causal_lm.lm_head.weight.dtype
-    lm = load_plainly(base, dtype, roomiest_device(trained.causal_lm))
+    head = trained.causal_lm.lm_head.weight
+    dtype = head.dtype
+    lm = load_plainly(base, dtype, device_with_room(head.device, trained.causal_lm.config, dtype))
     try:
         joined = concatenate_adapters(lm, [start, delta])
     except ValueError as error:
@@ -220,8 +219,9 @@ def merge(adapter: str, out: str, base: str | None = None, rows: str | None = No
         )
     check_base(adapter, path)
     tokenizer = AutoTokenizer.from_pretrained(adapter if (Path(adapter) / "tokenizer.json").exists() else path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_with_room(device, load_model_config(ModelConfig(path=path)), chosen)
 
     model = packed(load_adapter(load_plainly(path, chosen, device), adapter), tokenizer)
     batch = _given_rows(rows, tokenizer) if rows else _own_answers(model, tokenizer)
