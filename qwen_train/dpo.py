@@ -28,7 +28,7 @@ from qwen_train.model.packed import num_adapter_parameters
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Run
 from qwen_train.train.evaluate import (
-    HOW_TO_READ,
+    HOW_TO_READ_DPO,
     NUM_PAIR_SUMS,
     change_since_start,
     evaluate_dpo,
@@ -159,7 +159,7 @@ def train(config: DPOConfig, run: Run) -> None:
                 progress.evaluated = progress.step
 
         if progress.step == 0:
-            metrics.text(0, "how to read", HOW_TO_READ)
+            metrics.text(0, "how to read", HOW_TO_READ_DPO)
         if progress.step in (0, total_steps) or due(progress.step, config.run.eval_every):
             evaluate()
 

@@ -17,7 +17,7 @@ from qwen_train.model.memory import microbatch_tokens, resolve_auto
 from qwen_train.model.packed import num_adapter_parameters
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Run
-from qwen_train.train.evaluate import evaluate_sft, hold_out, sample_answers
+from qwen_train.train.evaluate import HOW_TO_READ_SFT, evaluate_sft, hold_out, sample_answers
 from qwen_train.train.folder import open_run, record_config, require_shared
 from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
@@ -100,6 +100,8 @@ def train(config: SFTConfig, run: Run) -> None:
                 metrics.samples(progress.step, "eval/samples", texts)
                 progress.evaluated = progress.step
 
+        if progress.step == 0:
+            metrics.text(0, "how to read", HOW_TO_READ_SFT)
         if progress.step in (0, total_steps) or due(progress.step, config.run.eval_every):
             evaluate()
 

@@ -565,7 +565,8 @@ def trained(world: World, config_class: type[SFTConfig], train: Callable[..., No
     assert config.run.name is not None
     folder = Path(config.run.dir) / config.run.name
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-    texts = events.Tensors("eval/samples/text_summary") if events.Tags()["tensors"] else []
+    answers = "eval/samples/text_summary"
+    texts = events.Tensors(answers) if answers in events.Tags()["tensors"] else []
     with open(next(iter(sorted((folder / "checkpoints").rglob("model.safetensors")))), "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     observed = {

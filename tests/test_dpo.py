@@ -205,7 +205,7 @@ def test_a_run_begins_at_ln_2_and_tells_everything(start: Path, tmp_path, script
     board = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
     texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
     assert "likelihood displacement" in texts["how to read/text_summary"]
-    assert "**policy**" in texts["eval/samples/text_summary"] and "**reference**" in texts["eval/samples/text_summary"]
+    assert "|  | prompt | chosen | policy | reference |" in texts["eval/samples/text_summary"]
     assert "held-out preference accuracy" in done.output
 
 

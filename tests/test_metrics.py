@@ -6,11 +6,13 @@ import math
 import os
 import signal
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -191,17 +193,23 @@ def test_a_narrow_terminal_loses_the_bar_and_not_the_step(tmp_path, width):
 
 
 def test_samples_and_texts_reach_tensorboard_and_cannot_become_markup(tmp_path):
+    hostile = ["```\n<script>alert(1)</script>", "a|b\n    # no *heading*", "", "[x](http://a.b) &amp; <br>"]
+    rows = [{"prompt": f"2+{number}?", "answer": hostile[number % 4]} for number in range(256)]
     with Metrics(tmp_path, 10, None, True, console=console()) as log:
         log.text(0, "how to read", "margins are in nats")
-        log.samples(
-            3, "samples", [{"prompt": "2+2?\n# no heading", "answer": "```\n<script>alert(1)</script>"}, {"a": ""}]
-        )
+        log.samples(3, "samples", rows)
+        log.samples(3, "none", [])
     events = board(tmp_path)
     assert {*events.Tags()["tensors"]} == {"how to read/text_summary", "samples/text_summary"}
     event = events.Tensors("samples/text_summary")[0]
-    text = event.tensor_proto.string_val[0].decode()
     assert event.step == 3
-    assert "**prompt**\n\n    2+2?\n    # no heading\n\n**answer**\n\n    ```\n    <script>" in text
+    shown = markdown_to_safe_html(event.tensor_proto.string_val[0])
+    assert shown.startswith("<p>The first 10 of 256 held-out answers.</p>")
+    table = ElementTree.fromstring(f"<a>{shown.replace('<br>', '<br/>')}</a>").find("table")
+    assert table is not None and [cell.text for cell in table.iterfind("thead/tr/th")] == [None, "prompt", "answer"]
+    cells = [["\n".join(cell.itertext()).replace("\xa0", " ") for cell in line] for line in table.iterfind("tbody/tr")]
+    assert cells == [[str(number + 1), *rows[number].values()] for number in range(10)]
+    assert {part.tag for part in table.iterfind("tbody//td/*")} == {"br"}
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path):

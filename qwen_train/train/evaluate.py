@@ -130,6 +130,18 @@ def sample_answers(
     return {"eval/exact_match": sum(exact) / len(exact), "eval/samples_ended": sum(ended) / len(ended)}, texts
 
 
+HOW_TO_READ_SFT = """
+Losses are nats per supervised token, exact over all GPUs; `train` values are of one step's rows alone and jump.
+
+- **eval/loss** falls while the model learns what carries over. When it rises and `train/loss` falls on, rows are learnt
+  by heart: fewer epochs, a lower `optim.lr`, more or other data.
+- **eval/turns_ended** should come near 1: below, answers run on. Look at `eval/samples_ended` and at the samples.
+- **eval/exact_match** tells something of short answers with one right form; of free text the samples do.
+- **train/grad_norm** is taken before clipping. Where it climbs together with the loss, lower `optim.lr`; updates that
+  were left out are counted in **train/skipped_steps**, and their rows are in `incidents.jsonl`.
+"""
+
+
 # --- Pairs
 
 SIDES = ("chosen", "rejected")
@@ -235,7 +247,7 @@ def side_by_side(texts: list[dict[str, str]], references: list[str] | None) -> l
     return [row | {"reference": answer} for row, answer in zip(rows, references, strict=True)]
 
 
-HOW_TO_READ = """
+HOW_TO_READ_DPO = """
 Everything is a mean over pairs, exact over all GPUs; log-probabilities (nats) are sums over an answer's tokens.
 
 - **rewards/accuracies**: pairs whose chosen answer gained more than the rejected one, seen from the reference. 0 before

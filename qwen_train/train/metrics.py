@@ -36,6 +36,9 @@ T = TypeVar("T")
 STARTED = uuid.uuid4().hex
 OUTCOMES = ("running", "finished", "interrupted", "refused", "failed")
 
+NUM_SAMPLES = 10
+"""Answers that TensorBoard shows of an evaluation, side by side with the expected ones."""
+
 # Metric -> (short name, format) on the console, in this order.
 CONSOLE = {
     "train/loss": ("loss", ".4f"),
@@ -164,16 +167,14 @@ class Metrics:
             self.board.add_text(name, text, step)
 
     def samples(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
-        """Record generated answers side by side, a section a row: {"prompt": ..., "expected": ..., "answer": ...}."""
-        sections = []
-        for number, row in enumerate(rows, start=1):
-            # Indented blocks: nothing inside them is Markdown or HTML, whatever a model writes.
-            parts = [
-                f"**{key}**\n\n" + "\n".join("    " + line for line in (text.splitlines() or [""]))
-                for key, text in row.items()
-            ]
-            sections.append("\n\n".join([f"#### {number}", *parts]))
-        self.text(step, name, "\n\n".join(sections))
+        """Record the first generated answers as a table: a row is {"prompt": ..., "expected": ..., "answer": ...}."""
+        if not rows:
+            return
+        shown = rows[:NUM_SAMPLES]
+        lines = [["", *shown[0]], ["---"] * (1 + len(shown[0]))]
+        lines += [[str(number), *map(_as_cell, row.values())] for number, row in enumerate(shown, start=1)]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        self.text(step, name, f"The first {len(shown)} of {len(rows)} held-out answers.\n\n{table}")
 
     def note(self, message: str) -> None:
         """Print a message, above the progress bar if there is one."""
@@ -215,6 +216,12 @@ class Metrics:
         if last == first:
             return "-"
         return str(timedelta(seconds=round((now - start) / (last - first) * (self.total_steps - last))))
+
+
+def _as_cell(text: str) -> str:
+    """Text as a cell of a Markdown table, in which nothing is Markdown or HTML, whatever a model writes."""
+    lines = ["".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in line) for line in text.splitlines()]
+    return "<br>".join(line.replace("  ", " &#160;") for line in lines)  # indents of code stay
 
 
 def finite(value: Any) -> Any:
