@@ -189,15 +189,13 @@ def train(config: DPOConfig, run: Run) -> None:
         for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers)):
             lr = learning_rate(config.optim, step, total_steps)
             set_learning_rate(optimizer, lr)
-            # In smaller ones if memory runs out.
-            sums, microbatches = guard.accumulate(gradients, microbatches, step)
+            sums, microbatches = guard.accumulate(gradients, microbatches, step)  # smaller ones if memory runs out
             run.average_gradients(model)
             grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
             totals = run.sum(sums)
             loss = totals[0] / microbatches.total_weight
-            if guard.accepts(
-                step, microbatches, loss, grad_norm, row_losses
-            ):  # the same numbers on every rank: all of them agree
+            # The same numbers on every rank: all of them agree.
+            if guard.accepts(step, microbatches, loss, grad_norm, row_losses):
                 optimizer.step()
             optimizer.zero_grad()
             progress.step, progress.num_tokens = step + 1, progress.num_tokens + microbatches.num_tokens
