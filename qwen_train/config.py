@@ -400,7 +400,10 @@ class SFTConfig:
                     "set lora.enabled true or quantization none",
                 ),
                 _unless(
-                    self.model.quantization != "fp8" or not self.lora.enabled or not self.lora.beyond_plain,
+                    self.model.quantization != "fp8"
+                    or not self.lora.enabled
+                    or self.model.continues  # resolve_start asks the adapter's own
+                    or not self.lora.beyond_plain,
                     f"model.quantization: fp8 takes plain LoRA only, got {self.lora.beyond_plain}; leave it out, or "
                     "take nf4 or none",
                 ),
@@ -637,7 +640,7 @@ def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
 def load_for_tool(options: argparse.Namespace, others: Sequence[str]) -> tuple[Kind, SFTConfig, list[str]]:
     """The task, its config and the warnings of what `tool_parser` has parsed and left over. Raises ValueError."""
     for name in (word.split("=")[0][2:] for word in others if word.startswith("--")):
-        if "." not in name and name not in _sections(DPOConfig):
+        if "." not in name and name not in ("print_config", *_sections(DPOConfig)):
             near = difflib.get_close_matches(name, [option.replace("_", "-") for option in vars(options)], n=1)
             raise ValueError(f"--{name}: no such option; {f'did you mean --{near[0]}?' if near else 'see --help'}")
     task = options.task or task_of(options.config, others)

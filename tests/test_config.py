@@ -356,6 +356,12 @@ def test_an_option_that_a_tool_has_not(word: str, said: str):
         load_for_tool(*parser.parse_known_args([word]))
 
 
+def test_a_tool_prints_the_config(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        load_for_tool(*tool_parser("tool", "").parse_known_args(["--print_config"]))
+    assert "max_length: 256" in capsys.readouterr().out
+
+
 def test_a_tool_refuses_a_file_that_would_make_its_reader_recurse(tmp_path: Path):
     path = tmp_path / "deep.yaml"
     path.write_text("[" * 3000)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import DPOConfig, LoraConfig
 from qwen_train.data.packing import Batch
+from qwen_train.model import load as load_module
 from qwen_train.model.adapters import (
     base_fingerprint,
     check_template,
@@ -109,7 +110,8 @@ def nf4_start(start: Path, base: str) -> DPOConfig:
 
 
 def test_an_nf4_merge_start_is_never_whole_on_the_gpu(start: Path, base: str, monkeypatch, tmp_path: Path) -> None:
-    """Read and merged on the CPU; each layer is quantised on its way. The meta device stands for a GPU."""
+    """Without room there it is read and merged on the CPU, each layer quantised on its way; meta stands for a GPU."""
+    monkeypatch.setattr(load_module, "place_of_weights", lambda *_, **__: CPU)
     config, gpu = nf4_start(start, base), torch.device("meta")
     maps, sent = [], []
     read, to = AutoModelForCausalLM.from_pretrained, bnb.nn.Params4bit.to
@@ -147,8 +149,10 @@ def test_an_nf4_merge_start_quantises_the_merged_weights(start: Path, base: str)
 
 
 @pytest.mark.parametrize(("gigabytes", "place"), [(24, "cuda"), (16, "cpu")])
-def test_random_weights_of_nf4_are_drawn_where_there_is_room(gigabytes: int, place: str, monkeypatch, tmp_path) -> None:
-    """15.2 GB in bfloat16. Whatever is quantised while it is read, or not at all, stays on the GPU."""
+def test_weights_of_nf4_are_whole_where_there_is_room(
+    gigabytes: int, place: str, monkeypatch: pytest.MonkeyPatch, start: Path, tmp_path: Path
+) -> None:
+    """15.2 GB in bfloat16. Whatever is quantised while it is read, or not at all, goes to the GPU."""
     cards = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: cards)
     shape, gpu, base = known_shape("Qwen/Qwen2.5-7B"), torch.device("cuda"), tmp_path / "base"
@@ -158,6 +162,7 @@ def test_random_weights_of_nf4_are_drawn_where_there_is_room(gigabytes: int, pla
     assert place_of_weights(dense, shape, gpu, base) == gpu
     base.mkdir()
     assert place_of_weights(drawn, shape, gpu, base) == gpu
+    assert place_of_weights(nf4_start(start, str(base)), shape, gpu, base).type == place
 
 
 def test_a_plain_copy_is_on_the_card_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +233,8 @@ MORE: dict[str, dict[str, Any]] = {
     "lora_bias": {"target_modules": ["q_proj"], "lora_bias": True},
     "bias": {"target_modules": ["q_proj"], "bias": "lora_only"},
     "DoRA": {"target_modules": ["q_proj"], "use_dora": True},
+    "embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
 }
 
 
@@ -289,6 +296,27 @@ def test_a_tied_head_is_not_merged_into(name: str, base: str, tmp_path: Path) ->
     other = foreign_adapter(str(folder), tmp_path / "other", target_modules=["q_proj"], modules_to_save=[name])
     with pytest.raises(ValueError, match="which are one tensor in this base"):
         merge_adapter(load_plainly(str(folder), torch.float32, CPU), other)
+
+
+def test_a_full_card_is_not_the_adapters_fault(start: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: PeftModel) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", full, raising=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge_adapter(load_plainly(base, torch.float32, CPU), start)
+
+
+def test_an_adapter_that_cannot_be_continued(start: Path, base: str, tmp_path: Path) -> None:
+    continued = ("--model.path", base, "--model.adapter_start", "continue", "--model.adapter")
+    head = foreign_adapter(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"model\.adapter: .*head cannot be continued \(.*; use adapter_start merge"):
+        resolve_start(dpo_config(*continued, str(head)))
+    fp8 = ("--model.quantization", "fp8", "--model.dtype", "bfloat16")
+    dropout = foreign_adapter(base, tmp_path / "dropout", target_modules=["q_proj"], lora_dropout=0.1)
+    with pytest.raises(ValueError, match=r"dropout has lora\.dropout 0\.1, and an fp8 base takes plain LoRA only"):
+        resolve_start(dpo_config(*continued, str(dropout), *fp8))
+    resolve_start(dpo_config(*continued, str(start), *fp8))
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(base: str, tmp_path: Path) -> None:

@@ -36,8 +36,7 @@ def test_paths() -> None:
         Source("a.jsonl", 1.0),
         Source("b.json", 0.5),
         Source("c.json", 2.0),
-        Source("d.json", 0.0),
-    ]
+    ], "0 leaves a path out"
     bad: list[Any] = [
         "",
         [],
@@ -47,6 +46,7 @@ def test_paths() -> None:
         [{"a": float("nan")}],
         [{"a": float("inf")}],
         [{"a": True}],
+        [{"a": 0}],
         ["a", {"a": 2.0}],
         [3],
     ]

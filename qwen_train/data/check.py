@@ -504,15 +504,19 @@ def _plan(train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
         )
         problems.add(train, "error", train.place(int(over[0])), "over_budget", message)
         return None
-    stream = Stream.of(
-        config,
-        lengths=lengths,
-        total_weights=np.ones(len(lengths)),
-        collate=lambda rows: empty_batch(),
-        tokens_per_microbatch=int(lengths.max()) if budget == "auto" else budget,
-        sources=_numbers(train.row_sources),
-        source_weights=[source.weight for source in train.sources],
-    )
+    try:
+        stream = Stream.of(
+            config,
+            lengths=lengths,
+            total_weights=np.ones(len(lengths)),
+            collate=lambda rows: empty_batch(),
+            tokens_per_microbatch=int(lengths.max()) if budget == "auto" else budget,
+            sources=_numbers(train.row_sources),
+            source_weights=[source.weight for source in train.sources],
+        )
+    except ValueError as error:  # weights by which an epoch has no row
+        problems.add(train, "error", train.place(0), "no_rows", str(error))
+        return None
     steps = stream.total_steps
     looked_at = [lengths[stream.rows(step)] for step in range(min(steps, PLANNED_STEPS))]
     microbatches = None

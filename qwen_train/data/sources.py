@@ -63,7 +63,7 @@ def row_place(path: str, row: int, has_lines: bool) -> str:
 def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.train") -> list[Source]:
     """The config's value as a list of sources: a path, or a list of paths and `path: weight` entries.
 
-    A weight of 0 leaves the path out of training.
+    A weight of 0 leaves the path out. Raises ValueError.
     """
     if paths is None or paths == "" or paths == []:
         raise ValueError(f"{name}: no path given; give a file, a folder or a hub id")
@@ -86,7 +86,9 @@ def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.
     for path in seen:
         if seen.count(path) > 1:
             raise ValueError(f"{name}: {path!r} is listed {seen.count(path)} times; list it once, with a weight")
-    return sources
+    if not any(source.weight for source in sources):
+        raise ValueError(f"{name}: every path has the weight 0; give one of them another")
+    return [source for source in sources if source.weight]
 
 
 @dataclass(frozen=True)

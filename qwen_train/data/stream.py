@@ -115,7 +115,7 @@ class Stream:
         if self.rows_per_epoch == 0:
             raise ValueError(
                 f"data.train: an epoch holds no rows ({len(self.lengths)} rows, weights {list(self.source_weights)}); "
-                "look at the report of launch/check.py and at the weights"
+                "raise the weights, or give more rows"
             )
 
     @classmethod
@@ -335,7 +335,7 @@ def packed_squares(dataset: Any, share_prompt: bool) -> IntArray:
 def _list_lengths(dataset: Any, name: str) -> IntArray:
     """Elements of each row's list, without reading the lists."""
     lists = dataset.with_format("arrow", columns=[name])[:].column(name)
-    return np.asarray(lists.combine_chunks().value_lengths()).astype(np.int64)
+    return np.concatenate([np.asarray(chunk.value_lengths()) for chunk in lists.chunks]).astype(np.int64)
 
 
 # ---- collation ahead of the step ----

@@ -23,6 +23,7 @@ from qwen_train.config import Config, LoraConfig
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
 REFERENCE_ADAPTER = "reference"
+BEYOND_LAYERS = ("lm_head", "embed_tokens")
 REWRITING = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base
 SAMPLED_VALUES = 64
 HASH_CHUNK = 2**24
@@ -109,7 +110,17 @@ def resolve_start(config: Config) -> tuple[Config, list[str]]:
         named = given
     continues = config.model.adapter_start == "continue"
     if continues:
-        config = dataclasses.replace(config, lora=_lora_of(own))
+        try:
+            config = dataclasses.replace(config, lora=_lora_of(own))
+        except ValueError as error:
+            raise ValueError(
+                f"model.adapter: {folder} cannot be continued ({error}); use adapter_start merge"
+            ) from None
+        if config.model.quantization == "fp8" and config.lora.beyond_plain:
+            raise ValueError(
+                f"model.adapter: {folder} has {config.lora.beyond_plain}, and an fp8 base takes plain LoRA only; use "
+                "adapter_start merge, or quantization nf4 or none"
+            )
     if named != given:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=named, revision=None))
     return config, [f"start: {folder}, {'to be continued' if continues else 'merged'}, on {named}"]
@@ -235,13 +246,15 @@ def merge_adapter(lm: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer | ModulesToSaveWrapper)
     }
-    if lm.config.tie_word_embeddings and changed & {"lm_head", "embed_tokens"}:
+    if lm.config.tie_word_embeddings and changed & set(BEYOND_LAYERS):
         raise ValueError(
             f"model.adapter: {folder} changes the head or the embedding, which are one tensor in this base: merged, it "
             "would change both; give an adapter without them"
         )
     try:
         merged: nn.Module = model.merge_and_unload()
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except RuntimeError as error:  # a bias of the adapter's on a layer without one
         raise ValueError(f"model.adapter: {folder} cannot be merged: {error}") from None
     assert isinstance(merged, PreTrainedModel)
@@ -268,6 +281,8 @@ def concatenate_adapters(lm: PreTrainedModel, folders: Sequence[str | Path]) -> 
         model.load_adapter(str(folder), name, is_trainable=False)
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for path, layer in _lora_layers(model):
+        if path.endswith(BEYOND_LAYERS):  # the one has other matrices, of the other PackedLM reads the weight alone
+            raise ValueError(f"adapters of {path} cannot be concatenated")
         own = [name for name in names if name in layer.lora_A]
         scaled = [layer.lora_A[name].weight.float() * layer.scaling[name] for name in own]
         parts[path] = [(a, layer.lora_B[name].weight.float()) for a, name in zip(scaled, own, strict=True)]

@@ -42,7 +42,7 @@ from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM
 
 DENSE_SHARE = 0.8
-"""Of a card's memory, what random weights may take before they are quantised."""
+"""Of a card's memory, what weights may take in bfloat16 before they are quantised."""
 FAMILIES = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>"}
 """transformers' model_type of each family that is trained, and the token that ends a turn of it."""
 
@@ -248,13 +248,14 @@ def place_of_weights(
 ) -> torch.device:
     """Where the weights are read or drawn: on `device`, or beside it if they are quantised only when they are whole.
 
-    So is a merge start, as the card of an NF4 run need not hold the model in bfloat16. Random weights stay on a card
-    that can: on the CPU they take minutes (20 million a second), and are others. `on_cpu`: weights are read there.
+    So are a merge start and random weights of NF4, whose card need not hold the model in bfloat16. They stay on a card
+    that can: each process of a machine would hold them in its memory, and drawing takes minutes there (20 million a
+    second). `on_cpu`: weights are read there.
     """
-    nf4 = config.model.quantization == "nf4"
-    if not _draws(config, base):
-        return torch.device("cpu") if on_cpu or (nf4 and _merges(config)) else device
-    if not nf4 or device.type != "cuda":
+    draws = _draws(config, base)
+    if on_cpu and not draws:
+        return torch.device("cpu")
+    if config.model.quantization != "nf4" or not (draws or _merges(config)) or device.type != "cuda":
         return device
     room = DENSE_SHARE * torch.cuda.get_device_properties(device).total_memory
     return device if 2 * Shape.of(model_config).parameters <= room else torch.device("cpu")

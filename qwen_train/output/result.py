@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qwen_train.config import DataPaths, SFTConfig, as_dict
+from qwen_train.config import SFTConfig, as_dict
 from qwen_train.data.packing import Batch
+from qwen_train.data.sources import resolve_paths
 from qwen_train.model.adapters import BASE, base_fingerprint
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.output.export import CardKind, shown_path, write_adapter, write_full_model, write_model_card
@@ -79,7 +80,7 @@ def write_result(
             **result.facts,
         },
         "metrics": last,
-        "datasets": _paths(config.data.train),
+        "datasets": [source.path for source in resolve_paths(config.data.train)],
         "lora": result.lora,
         "name": config.run.name,
     }
@@ -151,11 +152,6 @@ def _joined(
     own = config.lora.r
     facts["rank"] = f"{joined.r}: {joined.r - own} of the start and {own} of this run"
     return _Result(joined.folder, "adapter", {"r": joined.r, "use_dora": False}, facts, (joined.note,))
-
-
-def _paths(paths: DataPaths) -> list[str]:
-    listed = paths if isinstance(paths, list) else [paths]
-    return [name for path in listed for name in ([path] if isinstance(path, str) else path)]
 
 
 def _held_out_metrics(folder: RunFolder) -> tuple[dict[str, float], dict[str, float]]:

@@ -129,7 +129,8 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
     place_masters(parameters, weights, values)
     load_trainable(model, weights)
     load_optimizer_state(optimizer, parameters.items(), values)
-    progress = Progress(**{**{known.name: state[known.name] for known in fields(Progress)}, "data": data})
+    known = {one.name: state[one.name] for one in fields(Progress) if one.name in state}
+    progress = Progress(**known | {"data": data})
     if state["config"]["batch"]["tokens_per_microbatch"] != folder.config.batch.tokens_per_microbatch:
         progress.tokens_per_microbatch = None  # a new number counts
     return progress
