@@ -32,6 +32,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DataPaths = str | list[str | dict[str, float]]
 Kind = Literal["sft", "dpo"]
 ReferenceSource = Literal["adapter_off", "start_adapter", "model"]
+HEADS = ("lm_head", "embed_tokens")
+"""Last names of the modules beside the decoder layers, on which no adapter is trained."""
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
 MAX_DEPTH = 20  # levels of a YAML file: sections, fields, a list, {path: weight}, and room
 MAX_MESSAGE = 1000  # characters of a line about a mistake
@@ -114,6 +116,11 @@ class ModelConfig:
         """Whether training goes on with the adapter that it starts from."""
         return self.adapter is not None and self.adapter_start == "continue"
 
+    @property
+    def merges(self) -> bool:
+        """Whether training starts from an adapter that is merged into the base."""
+        return self.adapter is not None and self.adapter_start == "merge"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -150,7 +157,7 @@ class LoraConfig:
                     f"lora.target_modules: {name} cannot have an adapter, since the chunked head reads its weight "
                     "directly; leave it out or train with lora.enabled false"
                     for name in targets
-                    if name.split(".")[-1] in ("lm_head", "embed_tokens")
+                    if name.split(".")[-1] in HEADS
                 ),
             ]
         )

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from qwen_train.config import Config, LoraConfig
+from qwen_train.config import HEADS, Config, LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
 REFERENCE_ADAPTER = "reference"
-BEYOND_LAYERS = ("lm_head", "embed_tokens")
 REWRITING = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base
 SAMPLED_VALUES = 64
 HASH_CHUNK = 2**24
@@ -108,7 +107,7 @@ def resolve_start(config: Config) -> tuple[Config, list[str]]:
     if named is None or (given != named and _weight_files(given)):
         check_base(folder, given, config.model.revision)
         named = given
-    continues = config.model.adapter_start == "continue"
+    continues = config.model.continues
     if continues:
         try:
             config = dataclasses.replace(config, lora=_lora_of(own))
@@ -246,7 +245,7 @@ def merge_adapter(lm: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer | ModulesToSaveWrapper)
     }
-    if lm.config.tie_word_embeddings and changed & set(BEYOND_LAYERS):
+    if lm.config.tie_word_embeddings and changed & set(HEADS):
         raise ValueError(
             f"model.adapter: {folder} changes the head or the embedding, which are one tensor in this base: merged, it "
             "would change both; give an adapter without them"
@@ -281,7 +280,7 @@ def concatenate_adapters(lm: PreTrainedModel, folders: Sequence[str | Path]) -> 
         model.load_adapter(str(folder), name, is_trainable=False)
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for path, layer in _lora_layers(model):
-        if path.endswith(BEYOND_LAYERS):  # the one has other matrices, of the other PackedLM reads the weight alone
+        if path.endswith(HEADS):  # the one has other matrices, of the other PackedLM reads the weight alone
             raise ValueError(f"adapters of {path} cannot be concatenated")
         own = [name for name in names if name in layer.lora_A]
         scaled = [layer.lora_A[name].weight.float() * layer.scaling[name] for name in own]
@@ -319,7 +318,7 @@ def _refuse_more_than_ab(config: peft.LoraConfig) -> None:
         "target_parameters",
         "alora_invocation_tokens",
     ):
-        if getattr(config, name, None):
+        if getattr(config, name):
             raise ValueError(f"adapters with {name} cannot be concatenated")
     if config.bias != "none":
         raise ValueError(f"adapters with bias {config.bias} cannot be concatenated")

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from qwen_train.config import ModelConfig, SFTConfig
+from qwen_train.config import HEADS, ModelConfig, SFTConfig
 from qwen_train.data.scratch import scratch_folder
 from qwen_train.model.adapters import (
     add_reference_adapter,
@@ -255,14 +255,10 @@ def place_of_weights(
     draws = _draws(config, base)
     if on_cpu and not draws:
         return torch.device("cpu")
-    if config.model.quantization != "nf4" or not (draws or _merges(config)) or device.type != "cuda":
+    if config.model.quantization != "nf4" or not (draws or config.model.merges) or device.type != "cuda":
         return device
     room = DENSE_SHARE * torch.cuda.get_device_properties(device).total_memory
     return device if 2 * Shape.of(model_config).parameters <= room else torch.device("cpu")
-
-
-def _merges(config: SFTConfig) -> bool:
-    return config.model.adapter is not None and config.model.adapter_start == "merge"
 
 
 def _draws(config: SFTConfig, base: Path) -> bool:
@@ -272,7 +268,7 @@ def _draws(config: SFTConfig, base: Path) -> bool:
 
 def _nf4_config(config: SFTConfig) -> BitsAndBytesConfig | None:
     """How transformers quantises while it loads; a merge start is quantised after the merge, by `quantize_nf4`."""
-    if config.model.quantization != "nf4" or _merges(config):
+    if config.model.quantization != "nf4" or config.model.merges:
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -327,7 +323,7 @@ def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: P
 def _check_continued(model: PeftModel, folder: str) -> None:
     """Refuse an adapter of which training would miss a part."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    beyond = [name for name in adapted if name.endswith(("lm_head", "embed_tokens"))]
+    beyond = [name for name in adapted if name.endswith(HEADS)]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     beyond += [name for name in trained if ".lora_" not in name]
     if beyond:
@@ -341,7 +337,8 @@ def _with_adapter(lm: PreTrainedModel, config: SFTConfig, frozen_copy: bool) -> 
     lm.requires_grad_(not config.lora.enabled)
     if not config.lora.enabled:
         return lm
-    if config.model.adapter is not None and config.model.adapter_start == "continue":
+    if config.model.continues:
+        assert config.model.adapter is not None
         read_adapter_config(config.model.adapter)
         model = PeftModel.from_pretrained(lm, config.model.adapter, is_trainable=True)
         _check_continued(model, config.model.adapter)

@@ -53,7 +53,7 @@ def write_result(
     part; `probe`, a few training rows, proves it. All ranks call it, since sharded weights are gathered; rank 0 writes.
     """
     tensors = run.whole(trainable_parameters(model))
-    start = config.model.adapter if config.lora.enabled and config.model.adapter_start == "merge" else None
+    start = config.model.adapter if config.lora.enabled and config.model.merges else None
     expected = score(model, probe) if start is not None else None
     if not run.is_main:
         return

@@ -14,13 +14,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import has_file
 
-from qwen_train.config import DPOConfig, SFTConfig, reference_source
+from qwen_train.config import HEADS, DPOConfig, SFTConfig, reference_source
 from qwen_train.data.formats import one_line
 from qwen_train.model.load import load_model_config
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
-HEADS = ("lm_head", "embed_tokens")
 
 
 def preflight(config: SFTConfig) -> None:
