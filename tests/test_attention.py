@@ -1,5 +1,7 @@
 """Packed attention: the sdpa reference against a plain loop, whole models against transformers, the kernels."""
 
+import importlib
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,8 @@ from qwen_train.model.attention import (
     ATTENTION,
     attention_kwargs,
     check_config,
+    flash_attn_varlen_func,
+    has_flash4,
     packed_attention,
     resolve_attention,
 )
@@ -414,15 +418,24 @@ def test_resolve_attention_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("qwen_train.model.attention.flash_attn_varlen_func", None)
+    monkeypatch.setattr("qwen_train.model.attention.has_flash4", lambda: False)
     assert resolve_attention("auto", "cuda") == "varlen"
     assert resolve_attention("auto", "cuda", torch.float32) == "sdpa"
     with pytest.raises(ValueError, match=r"varlen computes in bfloat16 or float16 only, got torch.float32"):
         resolve_attention("varlen", "cuda", torch.float32)
-    with pytest.raises(ValueError, match=r"flash needs the flash-attn package .*; install it with"):
+    with pytest.raises(
+        ValueError, match=r"flash needs the flash-attn package .*, or flash-attn-4 .*; install one with"
+    ):
         resolve_attention("flash", "cuda")
     monkeypatch.setattr("qwen_train.model.attention.flash_attn_varlen_func", lambda *a: None)
     assert resolve_attention("auto", "cuda") == "flash"
     assert resolve_attention("varlen", "cuda") == "varlen"
+    monkeypatch.setattr("qwen_train.model.attention.has_flash4", lambda: True)
+    assert resolve_attention("auto", "cuda") == resolve_attention("flash", "cuda") == "flash4"
+    assert resolve_attention("varlen", "cuda") == "varlen"
+    assert resolve_attention("auto", "cuda", torch.float32) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))  # no kernels of flash-attn-4
+    assert resolve_attention("auto", "cuda") == resolve_attention("flash", "cuda") == "flash"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert resolve_attention("auto", "cuda") == "sdpa"
@@ -430,7 +443,24 @@ def test_resolve_attention_on_a_gpu(monkeypatch):
         resolve_attention("flash", "cuda")
 
 
-@pytest.mark.parametrize("backend", ["flash", "varlen", "sdpa"])
+@pytest.mark.parametrize("files", [[], ["flash_attn/__init__.py"], ["flash_attn/cute/__init__.py"]], ids=str)
+def test_flash_attn_4_is_found_by_its_files(tmp_path, monkeypatch, files):
+    """Beside flash-attn of version 2 or without it, and neither is imported."""
+    for name in ("flash_attn", *files):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.write_text("" if path.parent.name == "flash_attn" else "raise AssertionError('imported')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert has_flash4() == ("flash_attn/cute/__init__.py" in files)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("backend", ["flash", "flash4", "varlen", "sdpa"])
 def test_sliding_windows_are_refused(backend):
     config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     with pytest.raises(ValueError, match="got a layer with a window of 8 tokens; set use_sliding_window to false"):
@@ -459,12 +489,14 @@ def test_attention_dropout_is_refused_by_varlen_and_applied_by_sdpa():
 
 # --- the kernels ----------------------------------------------------------------------------------------------
 
-KERNELS = ("varlen", "flash")
+KERNELS = ("varlen", "flash", "flash4")
 
 
 def available(backend):
+    if backend == "flash":
+        return flash_attn_varlen_func is not None
     try:
-        return resolve_attention(backend, "cuda") == backend
+        return resolve_attention(backend.rstrip("4"), "cuda") == backend
     except ValueError:
         return False
 

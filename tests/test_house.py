@@ -23,7 +23,7 @@ OWNERS = {
     "torch.distributed": ("qwen_train.train.distributed", "qwen_train.train.sharding"),
     "peft": ("qwen_train.model", "qwen_train.train.optim", "qwen_train.output"),
     "bitsandbytes": ("qwen_train.model", "qwen_train.train.optim", "qwen_train.output"),
-    "flash_attn": ("qwen_train.model.attention",),
+    "flash_attn": ("qwen_train.model.attention", "qwen_train.model.flash4"),
     "tensorboard": ("qwen_train.train.metrics",),
     "torch.utils.tensorboard": ("qwen_train.train.metrics",),
     "datasets": ("qwen_train.data.sources",),

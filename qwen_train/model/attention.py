@@ -2,8 +2,9 @@
 
 Segment i attends with queries `cu_seqlens_q[i]:cu_seqlens_q[i + 1]` over keys `cu_seqlens_k[i]:cu_seqlens_k[i + 1]`,
 causally and aligned bottom-right: its last query sees all of its keys. Keys and values may first be gathered by
-`kv_index`, so that one prompt serves two answers. Three backends do the same sum: `flash` (the flash-attn package),
-`varlen` (torch's own kernel, CUDA) and `sdpa` (anywhere and in any dtype; the reference of the other two).
+`kv_index`, so that one prompt serves two answers. Four backends do the same sum: `flash4` and `flash` (the flash-attn-4
+and flash-attn packages; `model.attention: flash` means the first of them that serves this GPU), `varlen` (torch's own
+kernel, CUDA) and `sdpa` (anywhere and in any dtype; the reference of the others).
 
 `attention_kwargs(batch, backend)` prepares once per forward what every layer needs; the transformers base model passes
 these keyword arguments down to `packed_attention` untouched. Only `AttentionInterface` knows our name: for an attention
@@ -13,6 +14,7 @@ which would stop the host on a GPU in every forward.
 Letters: T packed tokens, K gathered keys, N segments, H query heads, G key heads, E head dimension.
 """
 
+import importlib.util
 import inspect
 from typing import Any, NamedTuple
 
@@ -31,6 +33,9 @@ try:
 except ImportError as error:
     flash_attn_varlen_func = None
     FLASH_PROBLEM = str(error)
+
+FLASH4_GPUS = (9, 10)
+"""Major compute capabilities that flash-attn-4 has kernels for, forward and backward: Hopper and Blackwell servers."""
 
 ATTENTION = "qwen_train"
 """What `attn_implementation` must say for a model whose forward gets `attention_kwargs`."""
@@ -57,18 +62,30 @@ def resolve_attention(name: str, device: torch.device | str, dtype: torch.dtype 
     """The backend that `model.attention` (`name`) means here; ValueError when this device or dtype lacks it."""
     device = torch.device(device)
     problem = _kernel_problem(device, dtype)
-    if name == "auto":
-        if problem:
-            return "sdpa"
-        return "varlen" if flash_attn_varlen_func is None else "flash"
+    if name == "auto" and problem:
+        return "sdpa"
     if name != "sdpa" and problem:
         raise ValueError(f"model.attention: {name} {problem}; use sdpa or auto")
-    if name == "flash" and flash_attn_varlen_func is None:
+    if name in ("auto", "flash"):
+        if torch.cuda.get_device_capability(device)[0] in FLASH4_GPUS and has_flash4():
+            return "flash4"
+        if flash_attn_varlen_func is not None:
+            return "flash"
+    if name == "flash":
         raise ValueError(
-            f"model.attention: flash needs the flash-attn package ({FLASH_PROBLEM}); "
-            "install it with `pip install flash-attn`, or use varlen or auto"
+            f"model.attention: flash needs the flash-attn package ({FLASH_PROBLEM}), or flash-attn-4 on a Hopper or "
+            "Blackwell GPU; install one with `pip install flash-attn` or `pip install 'flash-attn-4[cu13]'`, or use "
+            "varlen or auto"
         )
-    return name
+    return "varlen" if name == "auto" else name
+
+
+def has_flash4() -> bool:
+    """Whether the flash-attn-4 package is installed; it is not imported, which takes seconds."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn at all
+        return False
 
 
 def _kernel_problem(device: torch.device, dtype: torch.dtype) -> str:
@@ -85,7 +102,7 @@ def _kernel_problem(device: torch.device, dtype: torch.dtype) -> str:
 def check_config(config: Any, backend: str) -> None:
     """Refuse (ValueError) what `packed_attention` would get silently wrong for a transformers config.
 
-    Sliding windows, of which it knows nothing, and dropout in torch's kernel, which has none.
+    Sliding windows, of which it knows nothing, and dropout in kernels that have none.
     """
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if sliding and config.sliding_window is not None:
@@ -93,11 +110,12 @@ def check_config(config: Any, backend: str) -> None:
             "model: sliding-window attention is not supported by packed training, got a layer with a window of "
             f"{config.sliding_window} tokens; set use_sliding_window to false in the model's config.json"
         )
-    if config.attention_dropout > 0 and backend == "varlen":
+    if config.attention_dropout > 0 and backend in ("flash4", "varlen"):
+        others = "flash or sdpa" if backend == "varlen" else "sdpa"
         raise ValueError(
-            "model: attention_dropout is not supported by the varlen backend, got "
+            f"model: attention_dropout is not supported by the {backend} backend, got "
             f"{config.attention_dropout}; set attention_dropout to 0 in the model's config.json, or model.attention to "
-            "flash or sdpa"
+            f"{others}"
         )
 
 
@@ -106,7 +124,7 @@ def attention_kwargs(batch: Batch, backend: str) -> dict[str, Any]:
 
     Call it with `attn_implementation=ATTENTION`, `input_ids[1, T]`, `position_ids[1, T]` and `use_cache=False`. Every
     token must lie in a segment; segments without queries are legal. `max_q` and `max_k` may be upper bounds. For the
-    two kernels the host does not wait for the device; `sdpa` reads the lengths on the host.
+    kernels the host does not wait for the device; `sdpa` reads the lengths on the host.
     """
     if backend == "sdpa":
         groups, restore = _padding_plan(batch)
@@ -157,7 +175,11 @@ def packed_attention(
         k, v = k.index_select(0, packed_kv_index), v.index_select(0, packed_kv_index)
     assert packed_cu_q is not None and packed_cu_k is not None
     lengths = (packed_cu_q, packed_cu_k, packed_max_q, packed_max_k)
-    if packed_backend == "flash":
+    if packed_backend == "flash4":
+        from qwen_train.model.flash4 import flash4  # costs seconds, and needs its package
+
+        out, _ = flash4(q, k, v, *lengths, scaling)
+    elif packed_backend == "flash":
         out = flash_attn_varlen_func(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True)
     else:
         out = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), **VARLEN_GQA)

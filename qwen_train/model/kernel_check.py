@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen_train.model import kernels
+from qwen_train.model.attention import packed_attention
 from qwen_train.model.frozen import dense_weight, fp8_product, quantize_fp8
 from qwen_train.model.logprobs import chunk_scores
 from qwen_train.model.memory import Shape
@@ -42,10 +43,54 @@ def check_kernels(model_config: Any, quantization: str, rank: int, device: torch
                 return
 
 
+def trusted_attention(backend: str, model_config: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """`backend`; but torch's kernel, with a warning of one line, where flash-attn-4 fails or gives other values.
+
+    Its package is young, and compiles its kernels on this machine as Triton does.
+    """
+    if backend != "flash4":
+        return backend
+    problem = _difference(
+        lambda: _attention(backend, model_config, device, dtype), _attention("varlen", model_config, device, dtype)
+    )
+    if problem is None:
+        return backend
+    warnings.warn(
+        f"model.attention: flash-attn-4 cannot be trusted on this GPU ({problem}); torch's kernel takes its place: "
+        "slower, and the same values",
+        stacklevel=2,
+    )
+    return "varlen"
+
+
+def _attention(backend: str, config: Any, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of attention over segments with and without earlier keys, and one without queries."""
+    shape = Shape.of(config)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, tokens, shape.head_dim, generator=generator, device=device).to(dtype).requires_grad_()
+        for heads, tokens in ((shape.num_heads, 210), (shape.num_kv_heads, 280), (shape.num_kv_heads, 280))
+    )
+    queries = torch.tensor([0, 150, 150, 180, 210], dtype=torch.int32, device=device)
+    keys = torch.tensor([0, 150, 160, 250, 280], dtype=torch.int32, device=device)
+    with torch.enable_grad():
+        out, _ = packed_attention(
+            torch.nn.Identity(), q, k, v, None, scaling=shape.head_dim**-0.5,
+            packed_backend=backend, packed_cu_q=queries, packed_cu_k=keys, packed_max_q=256, packed_max_k=256,
+        )  # fmt: skip
+        cotangent = torch.randn(out.shape, generator=generator, device=device).to(dtype)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), cotangent)]
+
+
 def _problem(run: Callable[[], Any]) -> str | None:
     """How a function's result with the kernels differs from that without; None if it does not."""
     with kernels.turned_off():
         expected = _tensors(run())
+    return _difference(run, expected)
+
+
+def _difference(run: Callable[[], Any], expected: list[Tensor]) -> str | None:
+    """How a function fails, or its result differs from the expected; None if it does not."""
     try:
         found = _tensors(run())
         if found[0].is_cuda:

@@ -36,7 +36,7 @@ from qwen_train.model.adapters import (
     read_adapter_config,
 )
 from qwen_train.model.attention import resolve_attention
-from qwen_train.model.kernel_check import check_kernels
+from qwen_train.model.kernel_check import check_kernels, trusted_attention
 from qwen_train.model.lora import fuse_lora, fuse_norms
 from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM
@@ -136,6 +136,7 @@ def load_model(
     end, pad = special_tokens(tokenizer, model_config.model_type)
     dtype = getattr(torch, config.model.dtype)
     attention = resolve_attention(config.model.attention, device, dtype)
+    attention = trusted_attention(attention, model_config, device, dtype)
     source = None
     if sharded:
         if is_main:

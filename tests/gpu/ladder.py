@@ -49,7 +49,7 @@ WHERE = [
     Row("NF4", f"sft:{ASSISTANT},quantization=nf4"),
     Row("DPO, reference online", "dpo:steps=5", "TRL DPO", 60),
     Row(
-        "NF4, recomputed", "sft:sequences=32,steps=5,tokens=8192,chunk=1024,checkpoint=28,quantization=nf4", "TRL QLoRA"
+        "NF4, recomputed", "sft:sequences=32,steps=5,tokens=7168,chunk=1024,checkpoint=28,quantization=nf4", "TRL QLoRA"
     ),
 ]
 MORE = [

@@ -1,0 +1,111 @@
+"""FlashAttention-4's kernels as one operation that torch.compile can call: importable where flash-attn-4 is.
+
+Its own interface is an autograd function, which a compiled layer cannot hold; the two functions beneath it are private.
+kernel_check.py therefore tries both against torch's kernel before a run trusts them.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Read when the package is imported: kernels that were compiled before (5 s each) come from its cache on disk.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+
+@torch.library.custom_op("qwen_train::flash4", mutates_args=())
+def flash4(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """q[T, H, E], k and v[K, G, E], cu_q and cu_k int32[N + 1] -> [T, H, E]; log-sum-exp of the scores, fp32[H, T].
+
+    Causal, aligned bottom-right. `max_q` and `max_k` are upper bounds of the segments' lengths.
+    """
+    out, lse, *_ = _flash_attn_fwd(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        softmax_scale=scale,
+        causal=True,
+        return_lse=True,
+    )
+    return out, lse
+
+
+@flash4.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("qwen_train::flash4_backward", mutates_args=())
+def flash4_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the output -> gradients of q, k and v."""
+    grad_q, grad_k, grad_v, *_ = _flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        grad,
+        lse,
+        softmax_scale=scale,
+        causal=True,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return grad_q, grad_k, grad_v
+
+
+@flash4_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, max_q, max_k, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.bounds = max_q, max_k, scale
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
+    grads = flash4_backward(grad.contiguous(), q, k, v, out, lse, cu_q, cu_k, *ctx.bounds)
+    return (*grads, None, None, None, None, None)
+
+
+flash4.register_autograd(_backward, setup_context=_save)
