@@ -67,9 +67,9 @@ def dpo_config(*arguments: str) -> DPOConfig:
     return config
 
 
-def load(config: DPOConfig, frozen_copy: bool = False) -> PackedLM:
+def load(config: DPOConfig, frozen_copy: bool = False, device: str = "cpu") -> PackedLM:
     tokenizer = load_tokenizer(config.model)
-    return load_model(config, tokenizer, torch.device("cpu"), Path("/nonexistent"), True, frozen_copy)
+    return load_model(config, tokenizer, torch.device(device), Path("/nonexistent"), True, frozen_copy)
 
 
 def disturb(model: PackedLM, scale: float = 0.05, seed: int = 0) -> None:

@@ -537,6 +537,7 @@ def test_memory_of_a_gpu_that_runs_out(runs: Runs, tmp_path: Path):
     arguments = (
         f"--model.path={model}", "--model.dtype=bfloat16", f"--data.train={TINY / 'sft_train.jsonl'}",
         "--batch.sequences_per_step=1000", "--run.steps=3", "--lora.dropout=0", "--optim.lr=1e-5",
+        "--model.compile=false",  # not the subject, and half a minute of each run
     )  # fmt: skip
     folder = runs.finish("gpu", *arguments, "--batch.tokens_per_microbatch=16384", prelude=CAPPED)
     assert "with batch.tokens_per_microbatch 16384; it is done again" in runs.output("gpu")

@@ -25,6 +25,7 @@ from qwen_train.model import load
 from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import candidates, estimate_memory, resolve_auto
 from qwen_train.model.packed import num_adapter_parameters
+from qwen_train.model.shapes import known_shape
 
 TINY = Path(__file__).parents[1] / "configs/tiny/model"
 
@@ -165,6 +166,19 @@ def test_the_order_of_speed_is_that_of_measured_runs():
     places = [order.index(case) for case in ((0, 16384), (0, 8192), (0, 4096), (14, 16384), (28, 8192), (28, 2048))]
     assert places == sorted(places) and places[0] == 0
     assert len(order) == len(set(order)) == 4 * 29
+
+
+def test_small_models_get_larger_micro_batches_as_long_as_nothing_is_recomputed_for_them():
+    def of(size: str, free: float) -> tuple[int, int]:
+        shape = known_shape(f"Qwen/Qwen2.5-{size}-Instruct")
+        result = resolve_auto(config(), 2048, shape, int(free * GIB))
+        return result.model.checkpoint_layers, result.batch.tokens_per_microbatch
+
+    assert of("0.5B", 139) == of("0.5B", 79) == (0, 65536)
+    assert of("1.5B", 139) == of("1.5B", 79) == (0, 32768) and of("3B", 139) == (0, 32768)
+    assert of("7B", 500) == (0, 16384) and of("14B", 500) == (0, 16384)
+    for size in ("0.5B", "1.5B", "3B"):
+        assert of(size, 23.5)[1] <= 16384, "the time of recomputation is known, that of the host depends on the machine"
 
 
 def test_auto_respects_what_is_given():

@@ -27,7 +27,7 @@ from qwen_train.model.adapters import (
     resolve_start,
 )
 from qwen_train.model.load import _adapted, load_model_config, load_tokenizer, place_of_weights
-from qwen_train.model.packed import load_trainable
+from qwen_train.model.packed import load_trainable, trainable_parameters
 from qwen_train.model.shapes import known_shape
 from qwen_train.output.merge import device_with_room, load_plainly, packed, score, write_joined
 from tests.preferences import (
@@ -45,6 +45,8 @@ from tests.scripts import ScriptRunner, read_metrics
 
 TOLERANCE = 1e-5  # nats, fp32
 CPU = torch.device("cpu")
+GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+ON_A_GPU = [pytest.param(place, "cuda", marks=GPU_MARKS) for place in ("cuda", "cpu")]
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +138,29 @@ def test_an_nf4_merge_start_is_never_whole_on_the_gpu(start: Path, base: str, mo
     assert len(rest) == len(sent) and all(name.endswith("_proj.base_layer.weight") for name in rest)
 
 
-def test_an_nf4_merge_start_quantises_the_merged_weights(start: Path, base: str) -> None:
-    model = load(nf4_start(start, base))
+@pytest.mark.parametrize(("place", "device"), [("cpu", "cpu"), *ON_A_GPU])
+def test_an_nf4_merge_start_quantises_the_merged_weights(
+    place: str, device: str, start: Path, base: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they are merged. Training steps and adapters written change no byte of them."""
+    monkeypatch.setattr(load_module, "place_of_weights", lambda *_, **__: torch.device(place))
+    model = load(nf4_start(start, base), device=device)
+    optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
+    before = {name: tensor.clone() for name, tensor in trainable_parameters(model).items()}
+    for _ in range(2):
+        model(batch.to(torch.device(device))).logps.sum().backward()
+        optimizer.step()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trainable_parameters(model).items())
     merged = merge_adapter(load_plainly(base, torch.bfloat16, CPU), start)
     for name, linear in model.causal_lm.named_modules():
         if isinstance(linear, bnb.nn.Linear4bit):
             weight = merged.get_submodule(name.removesuffix(".base_layer")).weight
-            packed, _ = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            packed, state = bnb.functional.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
             assert torch.equal(linear.weight, packed), name
-            assert linear.weight.quant_state.nested
-    assert torch.equal(model.causal_lm.lm_head.weight, merged.lm_head.weight)
+            kept = linear.weight.quant_state
+            assert kept.nested and torch.equal(kept.absmax, state.absmax) and torch.equal(kept.offset, state.offset)
+            assert torch.equal(kept.state2.absmax, state.state2.absmax)
+    assert torch.equal(model.causal_lm.lm_head.weight.cpu(), merged.lm_head.weight)
 
 
 @pytest.mark.parametrize(("gigabytes", "place"), [(24, "cuda"), (16, "cpu")])

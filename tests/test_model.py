@@ -33,6 +33,8 @@ ROWS, LONGEST = 24, 60  # no two rows fit into LONGEST tokens
 TINY_CONFIG = json.loads((TINY / "model/config.json").read_text())
 
 pytestmark = pytest.mark.usefixtures("own_signals")
+GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+ON_A_GPU = [pytest.param("cuda", compiled, marks=GPU_MARKS) for compiled in (False, True)]
 
 
 @dataclass
@@ -85,9 +87,9 @@ class World:
         argv = [f"--{name}={value}" for name, value in given.items() if name not in overridden]
         return load_config(SFTConfig, [*argv, *(f"--{word}" for word in words)])[0]
 
-    def load(self, *arguments: str) -> PackedLM:
+    def load(self, *arguments: str, device: str = "cpu") -> PackedLM:
         config = resolve_auto(self.config(*arguments), 128)
-        return load_model(config, load_tokenizer(config.model), torch.device("cpu"), self.folder / "none", False)
+        return load_model(config, load_tokenizer(config.model), torch.device(device), self.folder / "none", False)
 
     def train(self, *arguments: str) -> Trained:
         self.count += 1
@@ -265,6 +267,31 @@ def test_recomputed_layers_of_a_continued_adapter(world: World, on_start: tuple[
         model(batch).logps.sum().backward()
         gradients.append({name: p.grad.clone() for name, p in trainable_parameters(model).items()})
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), *ON_A_GPU])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recomputed_layers_in_bfloat16(world: World, device: str, compiled: bool, dropout: float):
+    """On a GPU the attention's backward adds in any order: equal but for that, and far from other masks."""
+    settings = ("model.dtype=bfloat16", f"model.compile={compiled}", f"lora.dropout={dropout}")
+    model = world.load("model.from_scratch=true", *settings, device=device)
+    batch = packed(sequence(20, 1), sequence(40, 2), sequence(90, 3)).to(torch.device(device))
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+
+    def gradients(layers: int, seed: int) -> Tensor:
+        model.layers.recompute(layers)
+        torch.manual_seed(seed)
+        model.zero_grad()
+        model(batch).logps.sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in trainable_parameters(model).values()])
+
+    kept = gradients(0, seed=0)
+    assert (gradients(LAYERS, seed=0) - kept).norm() <= (1e-2 if device == "cuda" else 0.0) * kept.norm()
+    assert model.layers.fallback.reason is None
+    if dropout:
+        assert (gradients(LAYERS, seed=1) - kept).norm() > 0.1 * kept.norm()
 
 
 def test_recomputation_with_other_masks_would_show(world: World, monkeypatch: pytest.MonkeyPatch):
