@@ -4,9 +4,10 @@
 
 `--model`, `--sft`, `--dpo`: as of bench.py. `--peer`: a script that takes the options of TRL's peer (`sft|dpo --model
 --data --bs --steps --warm ...`) and prints one JSON line; random weights are written for it to `--scratch`. Sections,
-in the order given: limits, where, more, curves, errors, peer, ladder. A row is left out when less time is left of
-`--seconds` than it is expected to take, and said so. Writes ladder.jsonl and ladder.md, the tables of docs/measured.md,
-anew after every row.
+in the order given: limits, where, more, small, curves, errors, peer, ladder. A row is left out when less time is left
+of `--seconds` than it is expected to take, and said so. Writes ladder.jsonl and ladder.md, the tables of
+docs/measured.md, anew after every row; what ladder.jsonl holds already is part of the tables, so that a call may be
+made of several (the peer without the packages that are ours alone).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwen_train.data.stream import prefetch
 from qwen_train.model.kernels import round_rows
 from qwen_train.model.load import load_model, load_tokenizer
+from qwen_train.model.shapes import known_shape
 from qwen_train.train.distributed import Run
 
 
@@ -41,43 +43,60 @@ class Row(NamedTuple):
 
 
 ASSISTANT = "sequences=64,steps=6,supervise=assistant"
-RECOMPUTED = "sequences=32,steps=5,tokens=8192,chunk=1024,checkpoint=28"
 WHERE = [
-    Row("bf16", f"sft:{ASSISTANT}", seconds=65),
-    Row("bf16, all tokens supervised", "sft:sequences=32,steps=6", "TRL SFT"),
-    Row("fp8", f"sft:{ASSISTANT},quantization=fp8"),
-    Row("NF4", f"sft:{ASSISTANT},quantization=nf4"),
-    Row("DPO, reference online", "dpo:steps=5", "TRL DPO", 60),
+    Row("bf16", f"sft:{ASSISTANT}", "TRL SFT, answers only", 45),
+    Row("bf16, all tokens supervised", "sft:sequences=64,steps=6", "TRL SFT", 30),
+    Row("fp8", f"sft:{ASSISTANT},quantization=fp8", "TRL SFT, answers only", 40),
+    Row("fp8, all tokens supervised", "sft:sequences=64,steps=6,quantization=fp8", "TRL SFT", 30),
+    Row("NF4", f"sft:{ASSISTANT},quantization=nf4", None, 40),
+    Row("NF4, all tokens supervised", "sft:sequences=64,steps=6,quantization=nf4", "TRL QLoRA", 35),
+    Row("DPO, reference online", "dpo:steps=6", "TRL DPO", 50),
     Row(
-        "NF4, recomputed", "sft:sequences=32,steps=5,tokens=7168,chunk=1024,checkpoint=28,quantization=nf4", "TRL QLoRA"
+        "NF4, recomputed",
+        "sft:sequences=32,steps=5,tokens=7168,chunk=1024,checkpoint=28,quantization=nf4",
+        "TRL QLoRA",
+        30,
     ),
 ]
+# Small micro-batches: new lengths meet kernels of the products that were not loaded yet, for some ten steps.
 MORE = [
-    Row("DPO, fp8", "dpo:steps=5,quantization=fp8"),
-    Row("DPO, reference looked up", "dpo:steps=5,reference=precomputed"),
-    Row("bf16 within 40 GiB", "sft:sequences=32,steps=5,tokens=4096,chunk=2048,supervise=assistant"),
-    Row("bf16 within 20 GiB, recomputed", f"sft:{RECOMPUTED}"),
-    Row("full training, adamw_8bit", "sft:sequences=16,steps=4,warm=2,full=True,optim=adamw_8bit,tokens=8192"),
+    Row("DPO, fp8", "dpo:steps=6,quantization=fp8"),
+    Row("DPO, reference looked up", "dpo:steps=6,reference=precomputed"),
+    Row("bf16 within 40 GiB", "sft:sequences=32,steps=14,warm=10,tokens=4096,chunk=2048,supervise=assistant", None, 30),
+    Row("bf16 within 20 GiB, recomputed", "sft:sequences=32,steps=6,tokens=6144,chunk=1024,checkpoint=28", None, 30),
+    Row("full training, adamw_8bit", "sft:sequences=64,steps=4,warm=2,full=True,optim=adamw_8bit,tokens=8192"),
+]
+# What `auto` gives small models on an H200, and what it gave them before: the host is slower than the GPU there.
+SMALL = [
+    Row(f"{size}, {tokens} tokens", f"sft:sequences=64,steps=8,warm=5,tokens={tokens},supervise=assistant", against, 25)
+    for size, tokens, against in (
+        ("0.5B", 16384, None),
+        ("0.5B", 65536, "previous"),
+        ("1.5B", 16384, None),
+        ("1.5B", 32768, "previous"),
+    )
 ]
 # Each rung adds one technique to the one before it. The plain ones keep fp32 adapters' copies: 8,192 tokens fit.
-SHORT = "sft:sequences=32,steps=4,warm=2,tokens=8192,supervise=assistant"
+BEST = "sft:sequences=32,steps=4,warm=2,tokens=8192,supervise=assistant"
+SHORT = f"{BEST},attention=varlen"
 PLAIN = f"{SHORT},compile=False,off=lora+rows+head"
 LADDER = [
     Row("padded to the longest of 8, all recomputed, eager, PEFT's forward, head at all positions",
-        "sft:sequences=16,steps=3,warm=1,pad=8,supervise=assistant,checkpoint=28,compile=False,"
-        "off=lora+rows+head+supervised", None, 35),
-    Row("+ no padding", f"{PLAIN}+supervised,checkpoint=28", "previous", 30),
-    Row("+ no recomputation", f"{PLAIN}+supervised", "previous", 25),
-    Row("+ head at supervised positions", PLAIN, "previous", 25),
-    Row("+ compiled layers", f"{SHORT},off=lora+rows+head", "previous", 40),
-    Row("+ LoRA groups as one operation", f"{SHORT},off=feed_forward+rotary+norms+open+wide+rows+head", "previous"),
-    Row("+ norms, rotary and the head's softmax as kernels", f"{SHORT},off=feed_forward+wide+rows", "previous"),
-    Row("+ feed-forward in two operations", f"{SHORT},off=wide+rows", "previous"),
-    Row("+ gate|up with its adapter in one GEMM", f"{SHORT},off=rows", "previous"),
-    Row("+ last layer at supervised positions", SHORT, "previous"),
-    Row("+ fp8 base", f"{SHORT},quantization=fp8", "previous"),
-    Row("DPO, prompt repeated", "dpo:steps=4,warm=2,sequences=24,share=False"),
-    Row("DPO, prompt shared", "dpo:steps=4,warm=2,sequences=24", "previous"),
+        "sft:sequences=16,steps=3,warm=1,pad=8,supervise=assistant,checkpoint=28,compile=False,attention=varlen,"
+        "off=lora+rows+head+supervised", None, 15),
+    Row("+ no padding", f"{PLAIN}+supervised,checkpoint=28", "previous", 20),
+    Row("+ no recomputation", f"{PLAIN}+supervised", "previous", 15),
+    Row("+ head at supervised positions", PLAIN, "previous", 15),
+    Row("+ compiled layers", f"{SHORT},off=lora+rows+head", "previous", 35),
+    Row("+ LoRA groups as one operation", f"{SHORT},off=feed_forward+rotary+norms+open+wide+rows+head", "previous", 25),
+    Row("+ norms, rotary and the head's softmax as kernels", f"{SHORT},off=feed_forward+wide+rows", "previous", 18),
+    Row("+ feed-forward in two operations", f"{SHORT},off=wide+rows", "previous", 18),
+    Row("+ gate|up with its adapter in one GEMM", f"{SHORT},off=rows", "previous", 15),
+    Row("+ last layer at supervised positions", SHORT, "previous", 12),
+    Row("+ flash-attn-4", BEST, "previous", 25),
+    Row("+ fp8 base", f"{BEST},quantization=fp8", "previous", 12),
+    Row("DPO, prompt repeated", "dpo:steps=4,warm=2,sequences=24,share=False", None, 25),
+    Row("DPO, prompt shared", "dpo:steps=4,warm=2,sequences=24", "previous", 15),
 ]  # fmt: skip
 CURVE = "sft:steps=50,warm=10,sequences=8,tokens=8192,supervise=assistant,lr=1e-3"
 CURVES = [
@@ -90,10 +109,11 @@ CURVES = [
 CURVE_LAYERS = 4
 PEER = {
     "TRL SFT": "sft --bs 8 --packing --liger --attn varlen --no_ckpt",
+    "TRL SFT, answers only": "sft --bs 8 --packing --liger --attn varlen --no_ckpt --assistant_only",
     "TRL DPO": "dpo --bs 4 --no_ckpt",
     "TRL QLoRA": "sft --bs 8 --packing --liger --attn varlen --qlora",
 }
-PEER_SECONDS = 75
+PEER_SECONDS = 60
 
 
 class Ladder:
@@ -101,7 +121,9 @@ class Ladder:
         self.args, self.out = args, Path(args.out)
         self.start = time.monotonic()
         self.run = Run(seed=0, deterministic=False)
-        self.results: list[dict[str, Any]] = []
+        before = self.out / "ladder.jsonl"
+        lines = before.read_text().splitlines() if before.exists() else []
+        self.results: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self.shape = AutoConfig.from_pretrained(args.model)
 
     def has_time(self, label: str, seconds: int) -> bool:
@@ -111,9 +133,9 @@ class Ladder:
         return left >= seconds
 
     def add(self, section: str, label: str, against: str | None = None, **result: Any) -> None:
+        self.results = [one for one in self.results if (one["section"], one["label"]) != (section, label)]
         self.results.append({"section": section, "label": label, "against": against, **result})
-        with open(self.out / "ladder.jsonl", "a") as file:
-            file.write(json.dumps(self.results[-1]) + "\n")
+        (self.out / "ladder.jsonl").write_text("".join(json.dumps(one) + "\n" for one in self.results))
         (self.out / "ladder.md").write_text(report(self.results))
         shown = {key: value for key, value in result.items() if key not in ("losses", "norms", "step_ms")}
         print(section, "|", label, "|", json.dumps(shown)[:700], flush=True)
@@ -145,6 +167,10 @@ class Ladder:
     def more(self) -> None:
         self.cases("more", MORE)
 
+    def small(self) -> None:
+        for row in SMALL:
+            self.cases("small", [row], str(with_shape(self.args, row.label.partition(",")[0])))
+
     def ladder(self) -> None:
         self.cases("ladder", LADDER)
 
@@ -155,13 +181,14 @@ class Ladder:
     def errors(self) -> None:
         """Mean |difference of log-probability| a supervised token to bf16, the weights being the same."""
         exact = None
-        for quantization in ("none", "fp8", "nf4"):
-            if not self.has_time(f"error of {quantization}", 20):
+        for base, off in (("none", ""), ("none", "lora+rows+head"), ("fp8", ""), ("nf4", "")):
+            label = base if not off else "control: none, by transformers' and PEFT's own forward"
+            if not self.has_time(f"error of {label}", 15):
                 return
-            logps = scores(self.args, self.run, quantization)
+            logps = scores(self.args, self.run, base, off)
             exact = logps if exact is None else exact
             gap = (logps - exact).abs()
-            self.add("errors", quantization, mean=float(gap.mean()), p99=float(gap.quantile(0.99)), tokens=len(gap))
+            self.add("errors", label, mean=float(gap.mean()), p99=float(gap.quantile(0.99)), tokens=len(gap))
 
     def peer(self) -> None:
         weights = Path(self.args.scratch) / "peer_model"
@@ -247,11 +274,11 @@ def sustained(calls: list[Any], seconds: float) -> float:
     return statistics.mean(times[len(times) // 2 :])
 
 
-def scores(args: argparse.Namespace, run: Run, quantization: str) -> torch.Tensor:
+def scores(args: argparse.Namespace, run: Run, quantization: str, off: str) -> torch.Tensor:
     """Log-probabilities of the tokens of one micro-batch."""
     case = bench.parse_case(f"sft:compile=False,sequences=16,supervise=assistant,quantization={quantization}")
     config = bench.make_config(case, args)
-    bench.take_out(set())
+    bench.take_out(set(filter(None, off.split("+"))))
     model = load_model(config, load_tokenizer(config.model), run.device, Path("/nonexistent"), is_main=False)
     _, microbatches = next(iter(prefetch(bench.make_stream(config, case), range(1), 0)))
     with torch.no_grad():
@@ -266,6 +293,16 @@ def with_layers(args: argparse.Namespace, layers: int) -> Path:
         (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    return folder
+
+
+def with_shape(args: argparse.Namespace, size: str) -> Path:
+    """The model's folder with another size of Qwen2.5."""
+    folder = Path(args.scratch) / f"shape-{size}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in Path(args.model).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    known_shape(f"Qwen/Qwen2.5-{size}-Instruct").save_pretrained(folder)
     return folder
 
 
@@ -347,7 +384,7 @@ def errors_table(rows: list[dict], *_: Any) -> list[str]:
 
 
 TABLES = {"limits": limits_table, "curves": curves_table, "errors": errors_table}
-SECTIONS = ("limits", "where", "more", "curves", "errors", "peer", "ladder")
+SECTIONS = ("limits", "where", "more", "small", "curves", "errors", "peer", "ladder")
 
 
 def main() -> None:

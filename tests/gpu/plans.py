@@ -1,14 +1,16 @@
 """Estimates beside measured peaks: `launch/plan.py --measure` of many cases, one line of JSON each.
 
-    python tests/gpu/plans.py --models DIR --out DIR [--gpus N] [--total SECONDS]
+    python tests/gpu/plans.py --out DIR [--gpus N] [--total SECONDS] [--shipped [PATTERN ...]]
 
-`--models`: a folder with model/ (config.json and tokenizer of the 7B). Cases of one batch run side by side on one GPU:
-their peaks are their own, their speeds are not, and are left out.
+Without `--shipped` the cases below, in the 7B's shape; with it each shipped config as it is whose name matches, from
+the smallest model on. Cases of one batch run side by side on one GPU: their peaks are their own, their speeds are not,
+and are left out. What does not fit says so.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,11 +41,18 @@ BATCHES = [  # of (label, config and options)
 ]
 
 
+def shipped(patterns: list[str]) -> list[list[tuple[str, str]]]:
+    """One batch for each shipped config, from the smallest model on."""
+    names = {path.name for pattern in patterns for path in (ROOT / "configs").glob(f"{pattern}.yaml")}
+    size = re.compile(r"_([0-9.]+)b_")
+    return [[(name, name)] for name in sorted(names, key=lambda name: (float(size.findall(name)[0]), name))]
+
+
 def start(case: tuple[str, str], gpu: int, args: argparse.Namespace) -> tuple[str, subprocess.Popen]:
     label, text = case
     config, *options = text.split()
     command = [sys.executable, str(ROOT / "launch/plan.py"), "--config", str(ROOT / "configs" / config), *options]
-    command += ["--model.path", str(args.models / "model"), "--model.from_scratch", "true", "--measure", "--json"]
+    command += ["--measure", "--json"]
     log = args.out / f"plan-{''.join(c if c.isalnum() else '-' for c in label)}.log"
     with open(log, "w") as errors:
         return label, subprocess.Popen(
@@ -77,14 +86,13 @@ def result(label: str, process: subprocess.Popen, alone: bool, limit: float) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--total", type=float, default=300, help="seconds for all of them")
+    parser.add_argument("--shipped", nargs="*", metavar="PATTERN")
     args = parser.parse_args()
-    args.models = args.models.resolve()
     begin = time.monotonic()
-    waiting, running = list(BATCHES), {}
+    waiting, running = list(BATCHES) if args.shipped is None else shipped(args.shipped or ["*"]), {}
     while waiting or running:
         for gpu in range(args.gpus):
             if gpu in running or not waiting:
