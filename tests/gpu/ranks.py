@@ -50,7 +50,6 @@ SMALL = {
     "batch.sequences_per_step": 8,
 }
 
-GPUS = 2
 PHASES = [  # the cases of a phase run side by side: the large on GPUs of their own, whose speed counts
     [
         Case("lora-1", "model", 1, "single", "sft", LORA | LARGE | {"batch.sequences_per_step": 32}),
@@ -63,6 +62,8 @@ PHASES = [  # the cases of a phase run side by side: the large on GPUs of their 
         Case("small-lora-1", "small", 1, "single", "sft", LORA | SMALL),
         Case("small-full-1", "small", 1, "fsdp2", "sft", FULL | SMALL),
         Case("small-dpo-1", "small", 1, "single", "dpo", DPO | SMALL),
+        # The same sums in other micro-batches: how far rounding alone takes two runs on one GPU.
+        Case("small-dpo-1-rounded", "small", 1, "single", "dpo", DPO | SMALL | {"batch.tokens_per_microbatch": 3072}),
         Case("small-nf4-1", "small", 1, "single", "sft", NF4 | SMALL),
     ],
     [
@@ -78,6 +79,7 @@ CURVES = [
     ("small-lora-1", "small-lora-ddp2"),
     ("small-lora-1", "small-lora-fsdp2"),
     ("small-full-1", "small-full-fsdp2"),
+    ("small-dpo-1", "small-dpo-1-rounded"),
     ("small-dpo-1", "small-dpo-fsdp2"),
     ("small-nf4-1", "small-nf4-ddp2"),
 ]
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/ranks"))
     parser.add_argument("--only", nargs="*", default=None)
+    parser.add_argument("--gpus", type=int, default=2, help="of this machine; 1 serves the cases of one GPU")
     parser.add_argument("--limit", type=float, default=150, help="seconds for one case")
     parser.add_argument("--total", type=float, default=540, help="seconds for all of them")
     args = parser.parse_args()
@@ -229,7 +232,7 @@ def main() -> None:
             continue
         running, gpu = [], 0
         for case in cases:
-            running.append(Running(case, gpu % GPUS, args, port))
+            running.append(Running(case, gpu % args.gpus, args, port))
             gpu, port = gpu + case.gpus, port + 1
         limit = min(args.limit, args.total - (time.monotonic() - begin))
         for run in running:
