@@ -49,6 +49,14 @@ def scripts() -> Iterator[ScriptRunner]:
     server.close()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What tests counted (`record_property`): kills, spoilt rows, seconds; also from workers of xdist."""
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):

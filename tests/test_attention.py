@@ -27,7 +27,6 @@ from qwen_train.model.logprobs import token_logprobs
 from qwen_train.model.packed import PackedLM
 
 gpu = pytest.mark.gpu
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 # --- segments and a reference that cannot be wrong ------------------------------------------------------------
@@ -502,7 +501,6 @@ def available(backend):
 
 
 @gpu
-@needs_cuda
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("heads", [(28, 4), (16, 16)], ids=["28/4", "16/16"])
 @pytest.mark.parametrize("name", ["sequences", "lengths of several groups", "shared prompts", "a long shared prompt"])
@@ -525,7 +523,6 @@ def test_kernels_equal_the_reference(backend, heads, name):
 
 
 @gpu
-@needs_cuda
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_see_a_wrong_boundary_and_do_not_stop_the_host(backend):
     if not available(backend):
@@ -545,7 +542,6 @@ def test_kernels_see_a_wrong_boundary_and_do_not_stop_the_host(backend):
 
 
 @gpu
-@needs_cuda
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_inside_a_compiled_model(backend, model, pairs):
     if not available(backend):

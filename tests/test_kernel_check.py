@@ -93,7 +93,6 @@ def test_each_check_can_be_made(quantization: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
 def test_on_a_gpu(quantization: str):
     shape = Qwen2Config(

@@ -40,7 +40,7 @@ def interpreted() -> bool:
         ),
         pytest.param(
             "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+            marks=pytest.mark.gpu,
         ),
     ]
 )

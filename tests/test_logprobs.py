@@ -370,7 +370,6 @@ def test_compiled_equals_plain_with_one_graph_for_all_chunk_lengths():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen head", "trained head"])
 def test_bfloat16_on_a_gpu(train_head, compiled):

@@ -45,8 +45,7 @@ from tests.scripts import ScriptRunner, read_metrics
 
 TOLERANCE = 1e-5  # nats, fp32
 CPU = torch.device("cpu")
-GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-ON_A_GPU = [pytest.param(place, "cuda", marks=GPU_MARKS) for place in ("cuda", "cpu")]
+ON_A_GPU = [pytest.param(place, "cuda", marks=pytest.mark.gpu) for place in ("cuda", "cpu")]
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,6 @@ from qwen_train.train.optim import (
     set_learning_rate,
 )
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def config(**fields) -> SimpleNamespace:
     defaults = dict(name="adamw", lr=2e-5, schedule="cosine", warmup_ratio=0.03, min_lr_ratio=0.1, weight_decay=0.0)
@@ -214,7 +212,7 @@ def test_masters_take_16_bytes_a_parameter():
 # ---- 8 bits ----
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_elements", [256, 2**26])
 def test_8_bits_are_bitsandbytes_own_bit_for_bit_however_chunked(device, dtype, chunk_elements):
@@ -283,7 +281,6 @@ def run_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, la
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_masters_on_a_gpu_are_fused_adamw():
     torch.manual_seed(0)
     param = nn.Parameter((0.1 * torch.randn(300, 257, device="cuda")).bfloat16())
@@ -302,7 +299,7 @@ def test_masters_on_a_gpu_are_fused_adamw():
     assert all(value.is_cuda for value in ours.state[param].values())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["adamw", "masters", "adamw_8bit", "adamw_8bit masters"])
 def test_state_goes_through_safetensors_bit_for_bit(kind, device, tmp_path):
     from safetensors.torch import load_file, save_file

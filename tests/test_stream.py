@@ -513,7 +513,6 @@ def test_steps_after_a_halved_budget_are_cut_by_it(workers):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_prefetched_batches_are_pinned(workers):
     stream = make()

@@ -207,7 +207,6 @@ def test_check_does_not_wait(tmp_path, slow_disk):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_copies_from_a_gpu_are_of_their_moment(tmp_path, slow_disk):
     """The copy is only queued when `save` returns; the stream's order keeps the next step's changes out of it."""
     live = {"model": {"w": torch.ones(64 << 20, device="cuda")}}
