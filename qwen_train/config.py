@@ -85,8 +85,8 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Computing type. Trained weights always have fp32 masters."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """Packed attention: flash-attn (version 4 where it is installed, on Hopper and Blackwell), torch's varlen kernel,
-    or the SDPA reference; auto takes the first there is."""
+    """Packed attention: flash-attn (flash-attn-4 before it on H100, H200 and B200), torch's varlen kernel, or the SDPA
+    reference; auto takes the first there is."""
     compile: bool = True
     """torch.compile each decoder layer (one compilation serves all layers)."""
     checkpoint_layers: int | Literal["auto"] = "auto"

@@ -4,6 +4,7 @@ The package itself runs on a GPU alone (tests/test_attention.py, marked gpu).
 """
 
 import importlib
+import os
 import sys
 import types
 import warnings
@@ -51,7 +52,8 @@ def backward(
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic,
 ):  # fmt: skip
     """`_flash_attn_bwd`, from what the forward gave."""
-    assert causal and not deterministic and cu_seqlens_q.diff().max() <= max_seqlen_q <= max_seqlen_k
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
+    assert causal and cu_seqlens_q.diff().max() <= max_seqlen_q <= max_seqlen_k
     group = q.shape[1] // k.shape[1]
     wide_k, wide_v = (x.repeat_interleave(group, 1) for x in (k, v))
     grads = [torch.zeros_like(x) for x in (q, wide_k, wide_v)]
@@ -105,10 +107,35 @@ def test_a_compiled_layer_can_hold_it(stand_in):
 def test_what_torch_assumes_of_it_is_what_it_gives(stand_in):
     q, k, v = (x[0].transpose(0, 1).contiguous().detach() for x in random_qkv(18))
     cu = torch.tensor([0, 5, 18], dtype=torch.int32)
-    arguments = (q, k, v, cu, cu, 32, 32, 0.25)
-    torch.library.opcheck(
-        stand_in.flash4.default if hasattr(stand_in.flash4, "default") else stand_in.flash4, arguments
-    )
+    rest = (cu, cu, 32, 32, 0.25)
+    torch.library.opcheck(stand_in.flash4, (q, k, v, *rest))
+    out, lse = stand_in.flash4(q, k, v, *rest)
+    torch.library.opcheck(stand_in.flash4_backward, (torch.ones_like(out), q, k, v, out, lse, *rest))
+
+
+def test_a_deterministic_run_asks_for_its_deterministic_kernels(stand_in):
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_with_grads(flash4(CASES["sequences"]), random_qkv(18))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("where", ["home", "no home", "not writable"])
+def test_compiled_kernels_are_kept_where_only_the_user_writes(stand_in, monkeypatch, tmp_path, where):
+    names = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("DIR", "ENABLED")]
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is taken back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if where == "no home":
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what Path.expanduser asks, and refuses
+    if where == "not writable":
+        (tmp_path / ".cache").write_text("a file")
+    stand_in._keep_kernels()
+    folder = tmp_path / ".cache/qwen_train/flash4"
+    assert [os.environ.get(name) for name in names] == ([str(folder), "1"] if where == "home" else [None, None])
+    assert where != "home" or folder.stat().st_mode & 0o077 == 0
 
 
 # --- distrust ---------------------------------------------------------------------------------------------------------
@@ -123,6 +150,8 @@ def spoiled(how: str | None):
         if theirs and how == "fails":
             raise RuntimeError("No CTK flavor installed: expected one\nand more")
         out, _ = loop(q, k, v, packed_cu_q, packed_cu_k, scaling, aligned_right=not (theirs and how == "alignment"))
+        if theirs and how == "many" and len(packed_cu_q) > 257:
+            out = out.roll(1, 0)
         if theirs and how == "gradient":
             out = out + 0.1 * (out.sum() - out.sum().detach())
         if theirs and how == "nan":
@@ -134,31 +163,53 @@ def spoiled(how: str | None):
     return attend
 
 
-@pytest.mark.parametrize("how", ["fails", "alignment", "gradient", "nan"])
-def test_where_it_errs_torchs_kernel_takes_its_place(monkeypatch: pytest.MonkeyPatch, how: str):
-    monkeypatch.setattr(kernel_check, "packed_attention", spoiled(how))
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch):
+    """A machine with an H100 and flash-attn-4, whose kernels run on the CPU."""
+    for name in ("is_available", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: (9, 0))
+    monkeypatch.setattr(attention, "has_flash4", lambda: True)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(attention, "_kernel_problem", lambda *_: "")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def choose(how: str | None, name: str = "auto", config: Qwen2Config = SHAPE, longest: int = 2048) -> str:
+        monkeypatch.setattr(kernel_check, "packed_attention", spoiled(how))
+        kernel_check._flash4_problem.cache_clear()
+        return trusted_attention(name, config, CPU, torch.float32, longest)
+
+    yield choose
+    kernel_check._flash4_problem.cache_clear()
+
+
+@pytest.mark.parametrize("how", ["fails", "alignment", "gradient", "nan", "many"])
+def test_where_it_errs_another_kernel_takes_its_place(hopper, monkeypatch: pytest.MonkeyPatch, how: str):
     with pytest.warns(UserWarning, match="model.attention: flash-attn-4 cannot be trusted on this GPU") as caught:
-        assert trusted_attention("flash4", SHAPE, CPU, torch.float32) == "varlen"
+        assert hopper(how) == "varlen"
     message = str(caught[0].message)
     assert "\n" not in message and ("No CTK flavor installed" in message) is (how == "fails")
+    assert "torch's varlen kernel takes its place" in message
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", lambda *_: None)
+    with pytest.warns(UserWarning, match="; flash-attn takes its place"):
+        assert hopper(how) == hopper(how, "flash") == "flash"
+
+
+def test_what_was_asked_for_by_name_is_not_replaced(hopper):
+    with pytest.raises(ValueError, match=r"model\.attention: flash-attn-4 cannot be trusted .* mend its installation"):
+        hopper("alignment", "flash")
 
 
 @pytest.mark.parametrize("how", [None, "rounding"])
-def test_where_it_is_right_it_stays(monkeypatch: pytest.MonkeyPatch, how: str | None):
-    monkeypatch.setattr(kernel_check, "packed_attention", spoiled(how))
+@pytest.mark.parametrize("longest", [2048, 20])
+def test_where_it_is_right_it_stays(hopper, how: str | None, longest: int):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert trusted_attention("flash4", SHAPE, CPU, torch.float32) == "flash4"
+        assert hopper(how, longest=longest) == hopper(how, "flash", longest=longest) == "flash4"
 
 
-def test_the_others_are_not_tried(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernel_check, "packed_attention", spoiled("fails"))
-    assert [trusted_attention(name, SHAPE, CPU, torch.bfloat16) for name in ("flash", "varlen", "sdpa")] == [
-        "flash", "varlen", "sdpa",
-    ]  # fmt: skip
-
-
-def test_attention_dropout_is_refused():
-    config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.5)
-    with pytest.raises(ValueError, match=r"not supported by the flash4 backend, got 0\.5; .* model.attention to sdpa"):
-        check_config(config, "flash4")
+def test_the_others_are_not_tried(hopper):
+    assert [hopper("fails", name) for name in ("varlen", "sdpa")] == ["varlen", "sdpa"]
+    dropping = Qwen2Config(**SHAPE.to_diff_dict() | {"attention_dropout": 0.5})
+    assert hopper("fails", "auto", dropping) == "varlen", "which then refuses it"
+    with pytest.raises(ValueError, match="not supported by flash-attn-4"):
+        check_config(dropping, "flash4")

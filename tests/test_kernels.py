@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from qwen_train.data.packing import Batch, pack_sequences
 from qwen_train.model import frozen, kernels, logprobs
@@ -38,10 +39,7 @@ def interpreted() -> bool:
         pytest.param(
             "cpu", marks=pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter: no GPU, and triton")
         ),
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.gpu,
-        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -252,3 +250,26 @@ def both_agree(outputs: Any, dtype: torch.dtype) -> None:
         plain = outputs()
     for index, (one, other) in enumerate(zip(fast, plain, strict=True)):
         assert distance(one, other) < TOLERANCE[dtype], f"output {index}"
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_compiled_norm_leaves_its_backward_open(monkeypatch: pytest.MonkeyPatch, is_open: bool):
+    """To Inductor, which adds the residual stream's gradient in the same pass; outside of a compilation it is one."""
+    monkeypatch.setattr(kernels, "OPEN_BACKWARD", is_open)
+    torch._dynamo.reset()
+    x, weight = torch.randn(8, 64, requires_grad=True), torch.ones(64)
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    norm = torch.compile(lambda x: kernels.rms_norm(x, weight, 1e-6)[0], backend=aot_autograd(fw_compiler=backend))
+    norm(x).sum().backward()
+    assert any("rms_norm_backward" in graph.code for graph in compiled) is not is_open
+    grad = x.grad
+    x.grad = None
+    calls: list[Any] = []
+    monkeypatch.setattr(kernels, "rms_norm_backward", lambda *given: calls.append(given) or grad)
+    kernels.rms_norm(x, weight, 1e-6)[0].sum().backward()
+    assert len(calls) == 1

@@ -14,7 +14,7 @@ which would stop the host on a GPU in every forward.
 Letters: T packed tokens, K gathered keys, N segments, H query heads, G key heads, E head dimension.
 """
 
-import importlib.util
+import importlib.metadata
 import inspect
 from typing import Any, NamedTuple
 
@@ -35,7 +35,10 @@ except ImportError as error:
     FLASH_PROBLEM = str(error)
 
 FLASH4_GPUS = (9, 10)
-"""Major compute capabilities that flash-attn-4 has kernels for, forward and backward: Hopper and Blackwell servers."""
+"""Major compute capabilities that flash-attn-4 is used on: H100 and H200, B200 and B300."""
+
+PACKAGES = {"flash4": "flash-attn-4", "flash": "flash-attn", "varlen": "torch's varlen kernel", "sdpa": "torch's SDPA"}
+"""What each backend runs on, for people."""
 
 ATTENTION = "qwen_train"
 """What `attn_implementation` must say for a model whose forward gets `attention_kwargs`."""
@@ -58,8 +61,17 @@ class PaddedGroup(NamedTuple):
     """Which key each query may see; bool[n, 1, q, k]."""
 
 
-def resolve_attention(name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
-    """The backend that `model.attention` (`name`) means here; ValueError when this device or dtype lacks it."""
+def resolve_attention(
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    dropout: bool = False,
+    flash4: bool = True,
+) -> str:
+    """The backend that `model.attention` (`name`) means here; ValueError when this device or dtype lacks it.
+
+    flash-attn-4, which knows no dropout, comes before flash-attn; without `flash4` it does not count.
+    """
     device = torch.device(device)
     problem = _kernel_problem(device, dtype)
     if name == "auto" and problem:
@@ -67,25 +79,26 @@ def resolve_attention(name: str, device: torch.device | str, dtype: torch.dtype 
     if name != "sdpa" and problem:
         raise ValueError(f"model.attention: {name} {problem}; use sdpa or auto")
     if name in ("auto", "flash"):
-        if torch.cuda.get_device_capability(device)[0] in FLASH4_GPUS and has_flash4():
+        if flash4 and not dropout and torch.cuda.get_device_capability(device)[0] in FLASH4_GPUS and has_flash4():
             return "flash4"
         if flash_attn_varlen_func is not None:
             return "flash"
     if name == "flash":
         raise ValueError(
-            f"model.attention: flash needs the flash-attn package ({FLASH_PROBLEM}), or flash-attn-4 on a Hopper or "
-            "Blackwell GPU; install one with `pip install flash-attn` or `pip install 'flash-attn-4[cu13]'`, or use "
-            "varlen or auto"
+            f"model.attention: flash needs the flash-attn package ({FLASH_PROBLEM}), or flash-attn-4 on an H100, H200 "
+            "or B200 and a model without attention_dropout; install one with `pip install flash-attn` or `pip install "
+            "'flash-attn-4[cu13]'`, or use varlen or auto"
         )
     return "varlen" if name == "auto" else name
 
 
 def has_flash4() -> bool:
-    """Whether the flash-attn-4 package is installed; it is not imported, which takes seconds."""
+    """Whether flash-attn-4 is installed, by its distribution: flash-attn 2 has a folder of the same name, unusable."""
     try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:  # no flash_attn at all
+        importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
         return False
+    return True
 
 
 def _kernel_problem(device: torch.device, dtype: torch.dtype) -> str:
@@ -111,11 +124,10 @@ def check_config(config: Any, backend: str) -> None:
             f"{config.sliding_window} tokens; set use_sliding_window to false in the model's config.json"
         )
     if config.attention_dropout > 0 and backend in ("flash4", "varlen"):
-        others = "flash or sdpa" if backend == "varlen" else "sdpa"
         raise ValueError(
-            f"model: attention_dropout is not supported by the {backend} backend, got "
+            f"model: attention_dropout is not supported by {PACKAGES[backend]}, got "
             f"{config.attention_dropout}; set attention_dropout to 0 in the model's config.json, or model.attention to "
-            f"{others}"
+            "sdpa, or install flash-attn"
         )
 
 

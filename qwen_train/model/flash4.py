@@ -5,15 +5,33 @@ kernel_check.py therefore tries both against torch's kernel before a run trusts 
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Read when the package is imported: kernels that were compiled before (5 s each) come from its cache on disk.
-os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+CACHE = "~/.cache/qwen_train/flash4"
 
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+def _keep_kernels() -> None:
+    """Keep compiled kernels (5 s each) on disk, in a folder of the user's own: what lies there is run.
+
+    The package itself keeps none, or in a folder under /tmp that anybody could have made.
+    """
+    try:
+        folder = Path(CACHE).expanduser()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or one that cannot be written: they are compiled in each process
+        return
+    if os.access(folder, os.W_OK):
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+
+_keep_kernels()  # read when the package is imported
+
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: E402
 
 
 @torch.library.custom_op("qwen_train::flash4", mutates_args=())

@@ -6,14 +6,15 @@ It costs the compilation, which the first step would have done.
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_train.model import kernels
-from qwen_train.model.attention import packed_attention
+from qwen_train.model.attention import PACKAGES, packed_attention, resolve_attention
 from qwen_train.model.frozen import dense_weight, fp8_product, quantize_fp8
 from qwen_train.model.logprobs import chunk_scores
 from qwen_train.model.memory import Shape
@@ -43,56 +44,76 @@ def check_kernels(model_config: Any, quantization: str, rank: int, device: torch
                 return
 
 
-def trusted_attention(backend: str, model_config: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """`backend`; but torch's kernel, with a warning of one line, where flash-attn-4 fails or gives other values.
+def trusted_attention(name: str, model_config: Any, device: torch.device, dtype: torch.dtype, longest: int) -> str:
+    """`resolve_attention`; but another kernel, with a warning, where flash-attn-4 fails or gives other values.
 
-    Its package is young, and compiles its kernels on this machine as Triton does.
+    Its package is young, and compiles its kernels on this machine as Triton does. `longest`: bound of the segments'
+    lengths. Raises ValueError where `model.attention` asks for what cannot be had.
     """
+    dropout = model_config.attention_dropout > 0
+    backend = resolve_attention(name, device, dtype, dropout)
     if backend != "flash4":
         return backend
-    problem = _difference(
-        lambda: _attention(backend, model_config, device, dtype), _attention("varlen", model_config, device, dtype)
-    )
+    shape = Shape.of(model_config)
+    problem = _flash4_problem(shape.num_heads, shape.num_kv_heads, shape.head_dim, longest, device, dtype)
     if problem is None:
         return backend
-    warnings.warn(
-        f"model.attention: flash-attn-4 cannot be trusted on this GPU ({problem}); torch's kernel takes its place: "
-        "slower, and the same values",
-        stacklevel=2,
-    )
-    return "varlen"
+    other = resolve_attention("auto", device, dtype, dropout, flash4=False)
+    said = f"model.attention: flash-attn-4 cannot be trusted on this GPU ({problem})"
+    if name == "flash" and other != "flash":
+        raise ValueError(f"{said}; mend its installation, or use varlen or auto")
+    warnings.warn(f"{said}; {PACKAGES[other]} takes its place: slower, and the same values", stacklevel=2)
+    return other
 
 
-def _attention(backend: str, config: Any, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients of attention over segments with and without earlier keys, and one without queries."""
-    shape = Shape.of(config)
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, heads, tokens, shape.head_dim, generator=generator, device=device).to(dtype).requires_grad_()
-        for heads, tokens in ((shape.num_heads, 210), (shape.num_kv_heads, 280), (shape.num_kv_heads, 280))
-    )
-    queries = torch.tensor([0, 150, 150, 180, 210], dtype=torch.int32, device=device)
-    keys = torch.tensor([0, 150, 160, 250, 280], dtype=torch.int32, device=device)
-    with torch.enable_grad():
-        out, _ = packed_attention(
-            torch.nn.Identity(), q, k, v, None, scaling=shape.head_dim**-0.5,
-            packed_backend=backend, packed_cu_q=queries, packed_cu_k=keys, packed_max_q=256, packed_max_k=256,
-        )  # fmt: skip
-        cotangent = torch.randn(out.shape, generator=generator, device=device).to(dtype)
-        return [out.detach(), *torch.autograd.grad(out, (q, k, v), cotangent)]
+@cache  # a second model of the same run gets the same verdict
+def _flash4_problem(
+    heads: int, kv_heads: int, head_dim: int, longest: int, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """How its output or gradients differ from those of torch's kernel; None if they do not.
+
+    Over a few long segments, with and without earlier keys and queries, and over many short ones: above 256 of them
+    it has other kernels.
+    """
+    few = [(150, 150), (0, 10), (30, 90), (30, 30)]
+    many = [(index % 3, index % 3 + index % 4) for index in range(300)]
+    for lengths in (few, many):
+        segments = torch.tensor([(min(q, longest), min(k, longest)) for q, k in lengths])
+
+        def attend(backend: str, segments: Tensor = segments) -> list[Tensor]:
+            generator = torch.Generator(device).manual_seed(0)
+            tokens, keys = segments.sum(0).tolist()
+            q, k, v = (
+                torch.randn(1, count, rows, head_dim, generator=generator, device=device).to(dtype).requires_grad_()
+                for count, rows in ((heads, tokens), (kv_heads, keys), (kv_heads, keys))
+            )
+            cu_q, cu_k = F.pad(segments.cumsum(0), (0, 0, 1, 0)).to(device, torch.int32).T.contiguous()
+            with torch.enable_grad():
+                out, _ = packed_attention(
+                    torch.nn.Identity(), q, k, v, None, scaling=head_dim**-0.5,
+                    packed_backend=backend, packed_cu_q=cu_q, packed_cu_k=cu_k,
+                    packed_max_q=longest, packed_max_k=longest,
+                )  # fmt: skip
+                cotangent = torch.randn(out.shape, generator=generator, device=device).to(dtype)
+                return [out.detach(), *torch.autograd.grad(out, (q, k, v), cotangent)]
+
+        problem = _difference(partial(attend, "flash4"), partial(attend, "varlen"))
+        if problem is not None:
+            return problem
+    return None
 
 
 def _problem(run: Callable[[], Any]) -> str | None:
     """How a function's result with the kernels differs from that without; None if it does not."""
     with kernels.turned_off():
         expected = _tensors(run())
-    return _difference(run, expected)
+    return _difference(run, lambda: expected)
 
 
-def _difference(run: Callable[[], Any], expected: list[Tensor]) -> str | None:
-    """How a function fails, or its result differs from the expected; None if it does not."""
+def _difference(run: Callable[[], Any], reference: Callable[[], list[Tensor]]) -> str | None:
+    """How a function fails, or its result differs from the reference's; None if it does not."""
     try:
-        found = _tensors(run())
+        expected, found = reference(), _tensors(run())
         if found[0].is_cuda:
             torch.cuda.synchronize()
     except Exception as error:  # whatever a compiler or a driver raises: the run goes on without its kernels

@@ -349,6 +349,7 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _backward_norm(ctx: Any, grad: Tensor, _grad_scale: Tensor | None) -> tuple[Tensor, None, None]:
+    # Not torch.compiler.is_compiling(): torch 2.11 denies it while the backward is traced.
     if OPEN_BACKWARD and torch._guards.TracingContext.try_get() is not None:
         return _rms_norm_gradient(grad, *ctx.saved_tensors), None, None
     return rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None

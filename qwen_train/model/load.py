@@ -35,7 +35,6 @@ from qwen_train.model.adapters import (
     merge_adapter,
     read_adapter_config,
 )
-from qwen_train.model.attention import resolve_attention
 from qwen_train.model.kernel_check import check_kernels, trusted_attention
 from qwen_train.model.lora import fuse_lora, fuse_norms
 from qwen_train.model.memory import Shape
@@ -135,8 +134,7 @@ def load_model(
     model_config = load_model_config(config.model)
     end, pad = special_tokens(tokenizer, model_config.model_type)
     dtype = getattr(torch, config.model.dtype)
-    attention = resolve_attention(config.model.attention, device, dtype)
-    attention = trusted_attention(attention, model_config, device, dtype)
+    attention = trusted_attention(config.model.attention, model_config, device, dtype, config.data.max_length)
     source = None
     if sharded:
         if is_main:

@@ -19,7 +19,7 @@ GPU_TOKENS = (65536, 32768, 16384, 8192, 4096, 2048, 1024, 512)
 """Budgets that `auto` tries, as far as they hold the longest row; those above ENOUGH_TOKENS for small models alone."""
 ENOUGH_TOKENS = 16384
 """Above this many tokens a GPU gains nothing with a 7B: its micro-batch lasts 0.8 s on an H200 and takes the host 0.2.
-The tokens of a smaller layer are faster and the host's time is the same, so it gets as many more of them."""
+The tokens of a smaller layer are faster and the host's time is the same, so it gets more of them."""
 LAYER_7B = 233_046_016
 """Parameters of its layer's projections."""
 

@@ -18,6 +18,7 @@ from qwen_train.config import Config, DPOConfig, SFTConfig, reference_source
 from qwen_train.data.packing import Batch, pack_pairs, pack_sequences
 from qwen_train.data.stream import MicroBatches
 from qwen_train.loss.preference import preference_loss
+from qwen_train.model.attention import PACKAGES
 from qwen_train.model.compile import compiled_graphs
 from qwen_train.model.load import FAMILIES, load_model
 from qwen_train.model.memory import (
@@ -90,6 +91,8 @@ def settle(
     wait for it.
     """
     run.note(*idle_gpus(config, run.world_size))
+    if run.device.type == "cuda" and given.model.attention == "auto":
+        run.note(f"auto: model.attention: {PACKAGES[model.attention]}")
     if config.model.compile:
         _try(run, model, optimizer, worst_case(config, shape.vocab_size, WARM_TOKENS, WARM_ROW))
     free = run.free_memory()
