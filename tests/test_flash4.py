@@ -3,6 +3,7 @@
 The package itself runs on a GPU alone (tests/test_attention.py, marked gpu).
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -121,7 +122,11 @@ def test_a_deterministic_run_asks_for_its_deterministic_kernels(stand_in):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("where", ["home", "no home", "not writable"])
+def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("where", ["home", "no home", "not writable", "no locks"])
 def test_compiled_kernels_are_kept_where_only_the_user_writes(stand_in, monkeypatch, tmp_path, where):
     names = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("DIR", "ENABLED")]
     for name in names:
@@ -132,6 +137,8 @@ def test_compiled_kernels_are_kept_where_only_the_user_writes(stand_in, monkeypa
         monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what Path.expanduser asks, and refuses
     if where == "not writable":
         (tmp_path / ".cache").write_text("a file")
+    if where == "no locks":
+        monkeypatch.setattr("fcntl.flock", refuse)
     stand_in._keep_kernels()
     folder = tmp_path / ".cache/qwen_train/flash4"
     assert [os.environ.get(name) for name in names] == ([str(folder), "1"] if where == "home" else [None, None])

@@ -4,6 +4,7 @@ Its own interface is an autograd function, which a compiled layer cannot hold; t
 kernel_check.py therefore tries both against torch's kernel before a run trusts them.
 """
 
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ def _keep_kernels() -> None:
     try:
         folder = Path(CACHE).expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written: they are compiled in each process
+        with open(folder / "lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which the package does, and some network folders refuse
+    except (OSError, RuntimeError):  # no home, or not for this: each process compiles its own
         return
-    if os.access(folder, os.W_OK):
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 _keep_kernels()  # read when the package is imported
