@@ -83,6 +83,12 @@ def random_qkv(num_tokens, heads=4, kv_heads=2, size=16, num_keys=None, device="
     return [torch.randn(1, h, n, size, generator=generator).to(device, dtype).requires_grad_() for h, n in shapes]
 
 
+def qkv_of(batch, **shape):
+    """Random queries and keys, as many as the batch has."""
+    keys = None if batch.kv_index is not None else int(batch.cu_seqlens_k[-1])
+    return random_qkv(len(batch.input_ids), num_keys=keys, **shape)
+
+
 def run_with_grads(attend, qkv):
     """Output and gradients under a random cotangent, so that every output counts differently."""
     out = attend(*qkv)
@@ -118,8 +124,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_sdpa_equals_a_plain_loop(name):
     batch = CASES[name]
-    keys = None if batch.kv_index is not None else int(batch.cu_seqlens_k[-1])
-    qkv = random_qkv(len(batch.input_ids), num_keys=keys)
+    qkv = qkv_of(batch)
     assert max_difference(run_with_grads(packed(batch), qkv), run_with_grads(plain(batch), qkv)) < 1e-5
 
 
@@ -504,9 +509,8 @@ def test_kernels_equal_the_reference(backend, heads, name):
         pytest.skip(f"{backend} is not available here")
     many = segments([index % 5 for index in range(300)], [index % 5 + index % 3 for index in range(300)])
     batch = to_device(CASES.get(name, many), "cuda")  # flash-attn-4 has other kernels for more than 256
-    keys = None if batch.kv_index is not None else int(batch.cu_seqlens_k[-1])
-    shape = {"heads": heads[0], "kv_heads": heads[1], "size": heads[2], "num_keys": keys, "device": "cuda"}
-    qkv = random_qkv(len(batch.input_ids), dtype=torch.bfloat16, **shape)
+    shape = {"heads": heads[0], "kv_heads": heads[1], "size": heads[2], "device": "cuda"}
+    qkv = qkv_of(batch, dtype=torch.bfloat16, **shape)
     exact = [x.detach().float().requires_grad_() for x in qkv]
     reference = run_with_grads(packed(batch, "sdpa"), exact)
     ours = run_with_grads(packed(batch, backend), qkv)
@@ -544,8 +548,7 @@ def test_deterministic_kernels_repeat_themselves(backend, name):
     if not available(backend):
         pytest.skip(f"{backend} is not available here")
     batch = to_device(CASES[name], "cuda")
-    keys = None if batch.kv_index is not None else int(batch.cu_seqlens_k[-1])
-    qkv = random_qkv(len(batch.input_ids), 28, 4, 128, keys, "cuda", torch.bfloat16)
+    qkv = qkv_of(batch, heads=28, kv_heads=4, size=128, device="cuda", dtype=torch.bfloat16)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

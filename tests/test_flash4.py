@@ -15,9 +15,9 @@ import torch
 from transformers import Qwen2Config
 
 from qwen_train.model import attention, kernel_check
-from qwen_train.model.attention import check_config, packed_attention
+from qwen_train.model.attention import check_config
 from qwen_train.model.kernel_check import trusted_attention
-from tests.test_attention import CASES, max_difference, packed, random_qkv, run_with_grads
+from tests.test_attention import CASES, max_difference, packed, qkv_of, random_qkv, run_with_grads
 
 CPU = torch.device("cpu")
 SHAPE = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
@@ -84,24 +84,18 @@ def stand_in():
     sys.modules.pop("qwen_train.model.flash4")
 
 
-def flash4(batch):
-    """As `packed` of test_attention, by the names of the arguments that the kernels take."""
-    kwargs = attention.attention_kwargs(batch, "flash4")
-    return lambda q, k, v: packed_attention(None, q, k, v, None, scaling=0.25, **kwargs)[0]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_operation_equals_the_reference(stand_in, name):
     batch = CASES[name]
-    qkv = random_qkv(len(batch.input_ids), num_keys=None if batch.kv_index is not None else int(batch.cu_seqlens_k[-1]))
+    qkv = qkv_of(batch)
     expected = run_with_grads(packed(batch), qkv)
-    assert max_difference(run_with_grads(flash4(batch), qkv), expected) < 1e-5
+    assert max_difference(run_with_grads(packed(batch, "flash4"), qkv), expected) < 1e-5
 
 
 def test_a_compiled_layer_can_hold_it(stand_in):
     batch = CASES["shared prompts"]
     qkv = random_qkv(len(batch.input_ids))
-    attend = torch.compile(flash4(batch), fullgraph=True, backend="aot_eager")
+    attend = torch.compile(packed(batch, "flash4"), fullgraph=True, backend="aot_eager")
     assert max_difference(run_with_grads(attend, qkv), run_with_grads(packed(batch), qkv)) < 1e-5
 
 
@@ -117,7 +111,7 @@ def test_what_torch_assumes_of_it_is_what_it_gives(stand_in):
 def test_a_deterministic_run_asks_for_its_deterministic_kernels(stand_in):
     torch.use_deterministic_algorithms(True)
     try:
-        run_with_grads(flash4(CASES["sequences"]), random_qkv(18))
+        run_with_grads(packed(CASES["sequences"], "flash4"), random_qkv(18))
     finally:
         torch.use_deterministic_algorithms(False)
 

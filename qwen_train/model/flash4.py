@@ -36,6 +36,12 @@ _keep_kernels()  # read when the package is imported
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: E402
 
 
+def _segments(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float) -> dict[str, Any]:
+    """What forward and backward must be told alike, by the package's names."""
+    lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+    return {**lengths, "softmax_scale": scale, "causal": True}
+
+
 @torch.library.custom_op("qwen_train::flash4", mutates_args=())
 def flash4(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
@@ -44,18 +50,7 @@ def flash4(
 
     Causal, aligned bottom-right. `max_q` and `max_k` are upper bounds of the segments' lengths.
     """
-    out, lse, *_ = _flash_attn_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-        softmax_scale=scale,
-        causal=True,
-        return_lse=True,
-    )
+    out, lse, *_ = _flash_attn_fwd(q, k, v, **_segments(cu_q, cu_k, max_q, max_k, scale), return_lse=True)
     return out, lse
 
 
@@ -79,21 +74,9 @@ def flash4_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the output -> gradients of q, k and v."""
-    grad_q, grad_k, grad_v, *_ = _flash_attn_bwd(
-        q,
-        k,
-        v,
-        out,
-        grad,
-        lse,
-        softmax_scale=scale,
-        causal=True,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    segments = _segments(cu_q, cu_k, max_q, max_k, scale)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grad_q, grad_k, grad_v, *_ = _flash_attn_bwd(q, k, v, out, grad, lse, **segments, deterministic=deterministic)
     return grad_q, grad_k, grad_v
 
 

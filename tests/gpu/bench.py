@@ -169,8 +169,9 @@ def padded(batch: Batch) -> Batch:
     )
 
 
-def take_out(off: set[str]) -> None:
-    """Switch parts of the model off, and the others on again."""
+def take_out(names: str) -> None:
+    """Switch parts of the model off (their names with + between them), and the others on again."""
+    off = set(filter(None, names.split("+")))
     assert off <= OFF.keys(), f"{off - OFF.keys()}: one of {', '.join(OFF)}"
     lora.FUSED = ALL_FUSED - off
     load.fuse_lora = lora.fuse_lora if "lora" not in off else lambda *_, **__: None
@@ -217,7 +218,7 @@ class Clocks(threading.Thread):
 
 
 def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
-    take_out(set(filter(None, case["off"].split("+"))))
+    take_out(case["off"])
     config = make_config(case, args)
     tokenizer = load_tokenizer(config.model)
     stream = make_stream(config, case)

@@ -13,6 +13,7 @@ made of several (the peer without the packages that are ours alone).
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -169,14 +170,16 @@ class Ladder:
 
     def small(self) -> None:
         for row in SMALL:
-            self.cases("small", [row], str(with_shape(self.args, row.label.partition(",")[0])))
+            size, _, _ = row.label.partition(",")
+            shape = known_shape(f"Qwen/Qwen2.5-{size}-Instruct").to_dict()
+            self.cases("small", [row], with_config(self.args, size, **shape))
 
     def ladder(self) -> None:
         self.cases("ladder", LADDER)
 
     def curves(self) -> None:
         """50 steps of the same data and start, on few layers of the model's width."""
-        self.cases("curves", CURVES, str(with_layers(self.args, CURVE_LAYERS)))
+        self.cases("curves", CURVES, with_config(self.args, "few-layers", num_hidden_layers=CURVE_LAYERS))
 
     def errors(self) -> None:
         """Mean |difference of log-probability| a supervised token to bf16, the weights being the same."""
@@ -278,32 +281,20 @@ def scores(args: argparse.Namespace, run: Run, quantization: str, off: str) -> t
     """Log-probabilities of the tokens of one micro-batch."""
     case = bench.parse_case(f"sft:compile=False,sequences=16,supervise=assistant,quantization={quantization}")
     config = bench.make_config(case, args)
-    bench.take_out(set(filter(None, off.split("+"))))
+    bench.take_out(off)
     model = load_model(config, load_tokenizer(config.model), run.device, Path("/nonexistent"), is_main=False)
     _, microbatches = next(iter(prefetch(bench.make_stream(config, case), range(1), 0)))
     with torch.no_grad():
         return model(microbatches.batches[0].to(run.device)).logps
 
 
-def with_layers(args: argparse.Namespace, layers: int) -> Path:
-    """The model's folder with fewer layers."""
-    folder = Path(args.scratch) / f"layers-{layers}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in Path(args.model).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+def with_config(args: argparse.Namespace, name: str, **fields: Any) -> str:
+    """The model's folder with other fields in its config.json."""
+    folder = Path(args.scratch) / name
+    shutil.copytree(args.model, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-    return folder
-
-
-def with_shape(args: argparse.Namespace, size: str) -> Path:
-    """The model's folder with another size of Qwen2.5."""
-    folder = Path(args.scratch) / f"shape-{size}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in Path(args.model).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    known_shape(f"Qwen/Qwen2.5-{size}-Instruct").save_pretrained(folder)
-    return folder
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return str(folder)
 
 
 def write_weights(model: str, folder: Path) -> None:
