@@ -112,8 +112,9 @@ def test_a_layer_set_back_keeps_its_last_product(monkeypatch: pytest.MonkeyPatch
         products.clear()
         logps_and_gradients(model, batch)
         counts.append(Counter(products))
-    # q|k|v and o (256 wide): twice a layer, once more each when recomputed; down (768 wide) never again.
-    assert counts == [{256: 2 * 2 * 2, 768: 2}, {256: 2 * 2, 768: 2}]
+    # q|k|v, o (256 wide) and gate|up (with x A^T beside): once a layer, and again when recomputed; down (768) never.
+    up, down = 256 + 2 * 8, 768 + 8
+    assert counts == [{256: 2 * 2 * 2, up: 2 * 2, down: 2}, {256: 2 * 2, up: 2, down: 2}]
 
 
 # --- falling back -----------------------------------------------------------------------------------------------------

@@ -77,20 +77,23 @@ def distance(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("gate", "up"), [(8, 8), (24, 40), (17, 3)])
 def test_swiglu(device: str, dtype: torch.dtype, gate: int, up: int):
-    """Ranks that fill no tile, tokens and features that fill none either, and views with a stride."""
+    """Ranks that fill no tile, tokens and features that fill none either, views with a stride, results in place."""
     gate_up, grad = draw(device, dtype, 70, 2 * 300), draw(device, dtype, 70, 300)
     low, b = draw(device, dtype, 70, gate + up + 5)[:, 5:], draw(device, dtype, 600, max(gate, up))
     a = draw(device, dtype, gate, 300)
 
     def outputs() -> list[Tensor]:
-        whole = gate_up.clone()
-        return [
-            kernels.swiglu(gate_up),
-            kernels.swiglu(whole, low, b, gate),
-            whole,
-            kernels.swiglu_backward(grad, gate_up),
-            kernels.swiglu_backward(grad, gate_up, low[:, :gate], a),
-        ]
+        whole, wider = gate_up.clone(), gate_up.new_zeros(2, 70, 310)
+        gradients = [kernels.swiglu_backward(grad, gate_up), kernels.swiglu_backward(grad, gate_up, low[:, :gate], a)]
+        written = [gate_up.clone(), gate_up.clone()]
+        kernels.swiglu_backward(grad, written[0], out=written[0])
+        kernels.swiglu_backward(grad, written[1], low[:, :gate], a, out=written[1])
+        assert all(torch.equal(one, other) for one, other in zip(gradients, written, strict=True))
+        results = [kernels.swiglu(gate_up), kernels.swiglu(whole, low, b, gate)]
+        kernels.swiglu(gate_up, out=wider[0, :, :300])
+        kernels.swiglu(gate_up.clone(), low, b, gate, out=wider[1, :, :300])
+        assert all(torch.equal(one, other) for one, other in zip(results, wider[..., :300], strict=True))
+        return [*results, whole, wider, *gradients]
 
     both_agree(outputs, dtype)
 

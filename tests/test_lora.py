@@ -79,7 +79,7 @@ def test_equals_peft(monkeypatch: pytest.MonkeyPatch):
     batch = make_batch(0)
     plain, fused = build(monkeypatch, fused=False), build(monkeypatch)
     kinds = Counter(m.kind for m in fused.modules() if getattr(m, "position", None) == 0)
-    assert kinds == {"wide": 2, "dense": 6}, "two layers: gate|up is wide; q|k|v, o and down are dense"
+    assert kinds == {"wide": 4, "dense": 4}, "two layers: gate|up and down are wide; q|k|v and o are dense"
     one, other = logps_and_gradients(plain, batch), logps_and_gradients(fused, batch)
     assert (one[0] - other[0]).abs().max() <= 1e-5
     assert farthest(one[1], other[1]) <= 1e-5
@@ -251,8 +251,40 @@ def test_compiled_layers(monkeypatch: pytest.MonkeyPatch):
         compiled(make_batch(seed)).logps.sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
     assert not torch._dynamo.utils.counters["graph_break"]
-    # Of each layer and micro-batch: q|k|v, o (256 wide) twice, down (768 wide) once; gate|up has its own product.
-    assert Counter(calls) == {256: 3 * 2 * 2 * 2, 768: 3 * 2}
+    # Of each layer and micro-batch: q|k|v, o (256 wide) and gate|up (with x A^T beside) twice, down (768 wide) once.
+    assert Counter(calls) == {256: 3 * 2 * 2 * 2, 256 + 2 * 8: 3 * 2 * 2, 768 + 8: 3 * 2}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
+def test_a_feed_forward_layer_that_recomputes(monkeypatch: pytest.MonkeyPatch, quantization: str, device: str):
+    """The same bits; gate|up's gradient takes gate|up's place, which it may not where gate|up was kept."""
+    model = build(monkeypatch, dtype="bfloat16", quantization=quantization, device=device)
+    mlp = model.causal_lm.model.layers[0].mlp
+    assert {mlp.gate_proj.kind, mlp.down_proj.kind} == {"wide" if quantization == "none" else quantization}
+    in_place: list[bool] = []
+    backward = lora.swiglu_backward
+
+    def watched(grad: Tensor, gate_up: Tensor, *rest: Any, out: Tensor | None) -> Tensor:
+        in_place.append(out is gate_up)
+        return backward(grad, gate_up, *rest, out=out)
+
+    monkeypatch.setattr(lora, "swiglu_backward", watched)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    given = torch.randn(1, 70, 256, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    results, peaks = [], []
+    for recomputed in (False, True):
+        mlp.recomputed = recomputed
+        x = given.clone().requires_grad_()
+        model.zero_grad()
+        y = mlp(x)
+        kept = sum(tensor.numel() for tensor in y.grad_fn.next_functions[0][0].saved_tensors)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in mlp.parameters() if p.requires_grad)])
+        peaks.append(kept)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True)) and len(results[0]) == 8
+    assert in_place == [False, True]
+    assert peaks[0] - peaks[1] >= 70 * 3 * mlp.config.intermediate_size, "gate, up and their product"
 
 
 def test_swiglu_and_its_gradient():
@@ -332,7 +364,7 @@ def test_no_gradient_of_the_embedding_is_computed(monkeypatch: pytest.MonkeyPatc
     backward = lora.lora_linear_backward
     monkeypatch.setattr(lora, "lora_linear_backward", lambda *args: wanted.append(args[-1]) or backward(*args))
     build(monkeypatch)(make_batch(0)).logps.sum().backward()
-    assert wanted == [True] * 5 + [False], "gate|up, o and q|k|v of the second layer, then of the first"
+    assert wanted == [True] * 3 + [False], "o and q|k|v of the second layer, then of the first"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -71,7 +71,8 @@ def test_memory_that_runs_out_leads_to_the_next_smaller(monkeypatch, capsys):
     run = Run(seed=0, deterministic=False)
     seen = starve(monkeypatch, 5000)
     assert settled(config(), run) == (0, 4096)
-    assert seen == [18000, 16384, 8192, 4096, 4096], "from all that a step has; two micro-batches where there is room"
+    tried = [18000, 16384, 12288, 8192, 6144]
+    assert seen == [*tried, 4096, 4096], "from all that a step has; two micro-batches where there is room"
     notes = capsys.readouterr().out.splitlines()
     assert notes[0] == (
         "auto: batch.tokens_per_microbatch 18000, model.checkpoint_layers 0: out of memory, trying the next smaller one"

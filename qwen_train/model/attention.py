@@ -176,7 +176,7 @@ def packed_attention(
             f"attention: {ATTENTION!r} needs packed sequences, got a forward without attention_kwargs; "
             "switch the model to sdpa for anything else (generation, padded batches)"
         )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, E]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, E]
     if packed_backend == "sdpa":
         assert packed_restore is not None
         return _sdpa(q, k, v, packed_groups, packed_restore, scaling, dropout)[None], None

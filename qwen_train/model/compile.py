@@ -94,6 +94,10 @@ class DecoderLayers:
         total = len(self.layers)
         chosen = {index * total // count for index in range(count)} if count < total else set(range(total))
         for index, (layer, forward) in enumerate(zip(self.layers, self.plain, strict=True)):
+            module: Any
+            for module in layer.modules():
+                if hasattr(module, "recomputed"):  # lora.py's feed-forward layer recomputes in an operation of its own
+                    module.recomputed = index in chosen
             if index in chosen:
                 forward = _recomputing(forward, preserve_rng_state=self.dropout)
             if self.compiled:

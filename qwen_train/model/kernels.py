@@ -113,42 +113,53 @@ def _nf4_values(device: torch.device) -> Tensor:
     return torch.tensor(NF4_VALUES, device=device)
 
 
-def swiglu(gate_up: Tensor, low: Tensor | None = None, b: Tensor | None = None, rank: int = 0) -> Tensor:
+def swiglu(
+    gate_up: Tensor, low: Tensor | None = None, b: Tensor | None = None, rank: int = 0, out: Tensor | None = None
+) -> Tensor:
     """gate|up [T, 2F] -> silu(gate) * up [T, F], computed in fp32 and rounded as transformers does, after silu too.
 
     With low[T, R] and b[2F, r], the adapters' s B one below the other: their part of gate|up, of which the first `rank`
-    columns of low make gate's, is first added to `gate_up` in place.
+    columns of low make gate's, is first added to `gate_up` in place. `out` may be the first columns of a wider tensor.
     """
     rows, features = gate_up.shape[0], gate_up.shape[1] // 2
+    if out is None:
+        out = gate_up.new_empty(rows, features)
     if not use_kernels(gate_up):
         gate, up = gate_up.split(features, dim=1)
         if low is not None:
             assert b is not None
             gate += low[:, :rank] @ b[:features, :rank].T
             up += low[:, rank:] @ b[features:, : low.shape[1] - rank].T
-        return torch.nn.functional.silu(gate) * up
-    out = gate_up.new_empty(rows, features)
+        return torch.mul(torch.nn.functional.silu(gate), up, out=out)
     if rows == 0:
         return out
     if low is None:
-        triton_kernels.swiglu_kernel[rows, triton.cdiv(features, 1024)](gate_up, out, features, 1024)
+        triton_kernels.swiglu_kernel[rows, triton.cdiv(features, 1024)](gate_up, out, features, out.stride(0), 1024)
         return out
     assert b is not None
     block_t, block_f, warps = TILE
     ranks = rank, low.shape[1] - rank
     triton_kernels.swiglu_low_kernel[triton.cdiv(features, block_f), triton.cdiv(rows, block_t)](
-        gate_up, low, b, out, rows, features, low.stride(0), b.shape[1], *ranks,
+        gate_up, low, b, out, rows, features, low.stride(0), b.shape[1], out.stride(0), *ranks,
         _padded(max(ranks)), block_t, block_f, num_warps=warps,
     )  # fmt: skip
     return out
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, grad_low: Tensor | None = None, a: Tensor | None = None) -> Tensor:
-    """grad[T, F], gate|up [T, 2F] -> gradient of gate|up [T, 2F].
+def swiglu_backward(
+    grad: Tensor,
+    gate_up: Tensor,
+    grad_low: Tensor | None = None,
+    a: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """grad[T, F], gate|up [T, 2F] -> gradient of gate|up [T, 2F]; `out` may be `gate_up` itself.
 
     With grad_low[T, R] and a[R, F], the adapter of the projection that follows: grad_low @ a is first added to `grad`.
     """
     rows, features = grad.shape
+    if out is None:
+        out = torch.empty_like(gate_up)
     if not use_kernels(grad):
         if grad_low is not None:
             assert a is not None
@@ -156,8 +167,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, grad_low: Tensor | None = Non
         gate, up = (half.float() for half in gate_up.split(features, dim=1))
         sigmoid = gate.sigmoid()
         grad_gate = grad.float() * up * sigmoid * (1 + gate * (1 - sigmoid))
-        return torch.cat([grad_gate, grad.float() * gate * sigmoid], dim=1).to(gate_up.dtype)
-    out = torch.empty_like(gate_up)
+        return out.copy_(torch.cat([grad_gate, grad.float() * gate * sigmoid], dim=1))
     if rows == 0:
         return out
     if grad_low is None:

@@ -7,9 +7,11 @@ that costs 12 % of the speed and 30 GiB (7B, 16,384 tokens). Here the masters ar
 per use, the A's of a group read the input together, the adapter's product is added inside its GEMM, and what backward
 needs is saved once. Gradients of A and B come out in fp32.
 
-The feed-forward layer is two operations, cut so that no adapter needs a pass of its own over its wide tensors:
+The feed-forward layer is one operation, in which no adapter needs a pass of its own over its wide tensors:
 
-    gate|up = x W^T + ..., h = silu(gate) * up, low = h A_down^T        then        y = h W_down^T + low (s B_down)^T
+    gate|up = x W^T + ..., h = silu(gate) * up, low = h A_down^T, y = h W_down^T + low (s B_down)^T
+
+Where the layer is recomputed, its backward computes gate|up and h again, and writes gate|up's gradient over it.
 
 The modules, their names and what is written to disk stay PEFT's: `fuse_lora` only gives PEFT's Linear layers another
 class. DoRA, dropout > 0 and layers of other kinds keep PEFT's forward. With them come rotary embeddings and norms, as
@@ -24,7 +26,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -54,10 +55,10 @@ def lora_linear(
     x: Tensor,
     frozen: Sequence[Tensor],
     kind: str,
-    bias: Tensor | None,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scale: float,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """x[T, I], the group's A's [r, I] and B's [o, r] -> y[T, O], and x A^T [T, R] for the backward.
 
@@ -68,7 +69,9 @@ def lora_linear(
     to them costs 7 % of the product), and the columns of B are written again each time, as they cost nothing.
     """
     if kind == "wide":
-        return _wide_product(x, frozen[0], bias, a, b, scale)
+        extended = _extended(x, frozen[0], a)
+        y = forward_product(extended, [_with_b(frozen[0], x.shape[1], b, scale)], "dense", bias)
+        return y, extended if a else x.new_empty(0)
     y = forward_product(x, frozen, kind, bias)
     if not a:
         return y, x.new_empty(0)
@@ -83,10 +86,10 @@ def _(
     x: Tensor,
     frozen: Sequence[Tensor],
     kind: str,
-    bias: Tensor | None,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scale: float,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], out_features(frozen, kind, x.shape[1])), _empty_low(x, frozen, kind, a)
 
@@ -98,22 +101,20 @@ def _empty_low(x: Tensor, frozen: Sequence[Tensor], kind: str, a: Sequence[Tenso
     return x.new_empty(x.shape[0], frozen[0].shape[1] if kind == "wide" else sum(matrix.shape[0] for matrix in a))
 
 
-def _wide_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
-    width = x.shape[1]
-    extended = x.new_empty(x.shape[0], weight.shape[1])
-    extended[:, :width] = x
-    if not a:  # zeros and not a shorter sum: the reference then rounds as the policy does
-        extended[:, width:] = 0
-        return F.linear(extended, weight, bias), x.new_empty(0)
-    torch.mm(x, _stacked(a, x.dtype).T, out=extended[:, width:])
+def _extended(x: Tensor, weight: Tensor, a: Sequence[Tensor]) -> Tensor:
+    """[x | x A^T] for a weight [W | s B]; without A's zeros, not a shorter sum: the reference rounds as the policy."""
+    low = x @ _stacked(a, x.dtype).T if a else x.new_zeros(x.shape[0], weight.shape[1] - x.shape[1])
+    return torch.cat([x, low], dim=1)
+
+
+def _with_b(weight: Tensor, width: int, b: Sequence[Tensor], scale: float) -> Tensor:
+    """The weight [W | s B], its columns past `width` written anew; as they are without B's."""
     row = 0
-    # `.data`: the columns of B are this operation's own, and no saved tensor's version should count them.
-    for block, matrix in zip(_columns(weight.data[:, width:], b), b, strict=True):
+    # `.data`: the columns of B are these operations' own, and no saved tensor's version should count them.
+    for block, matrix in zip(_columns(weight.data[:, width:], b), b, strict=True) if b else ():
         torch.mul(matrix, scale, out=block[row : row + matrix.shape[0]])
         row += matrix.shape[0]
-    return F.linear(extended, weight, bias), extended
+    return weight
 
 
 @torch.library.custom_op("qwen_train::lora_linear_backward", mutates_args=())
@@ -132,15 +133,7 @@ def lora_linear_backward(
 
     Without `want_x` (the first layer, whose input is the embedding) the first is empty, and its product saved.
     """
-    grad_low = torch.empty_like(low)
-    for part, columns, matrix in _by_block(grad, grad_low, b, scale):
-        torch.mm(part, matrix, out=columns)
-    if want_x:
-        grad_x = backward_product(grad, frozen, kind, x.shape[1])
-        grad_x.addmm_(grad_low, _stacked(a, x.dtype))
-    else:
-        grad_x = x.new_empty(0)
-    return grad_x, product_fp32(grad_low.T, x), _gradients_of_b(grad, low, b, scale)
+    return _linear_gradients(grad, x, low, frozen, kind, a, b, scale, want_x)
 
 
 @lora_linear_backward.register_fake
@@ -155,13 +148,41 @@ def _(
     scale: float,
     want_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(x, a, b, want_x)
+
+
+def _linear_gradients(
+    grad: Tensor,
+    x: Tensor,
+    low: Tensor,
+    frozen: Sequence[Tensor],
+    kind: str,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: float,
+    want_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_low = x.new_empty(low.shape)
+    for part, columns, matrix in _by_block(grad, grad_low, b, scale):
+        torch.mm(part, matrix, out=columns)
+    if want_x:
+        grad_x = backward_product(grad, frozen, kind, x.shape[1])
+        grad_x.addmm_(grad_low, _stacked(a, x.dtype))
+    else:
+        grad_x = x.new_empty(0)
+    return grad_x, product_fp32(grad_low.T, x), _gradients_of_b(grad, low, b, scale)
+
+
+def _empty_gradients(
+    x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], want_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_a = x.new_empty(sum(matrix.shape[0] for matrix in a), x.shape[1], dtype=torch.float32)
     grad_b = x.new_empty(sum(matrix.numel() for matrix in b), dtype=torch.float32)
     return x.new_empty(x.shape) if want_x else x.new_empty(0), grad_a, grad_b
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, frozen, kind, _, a, b, scale = inputs
+    x, frozen, kind, a, b, scale, _ = inputs
     ctx.save_for_backward(*frozen, *a, *b, *([output[1]] if kind == "wide" else [x, output[1]]))
     ctx.in_features = x.shape[1]
     ctx.sizes = len(frozen), len(a)
@@ -169,71 +190,125 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_low: Tensor | None) -> tuple[Any, ...]:
-    grad_x, grads_a, grads_b = _linear_gradients(ctx, grad, list(ctx.saved_tensors), bool(ctx.needs_input_grad[0]))
-    return grad_x, [None] * ctx.sizes[0], None, None, grads_a, grads_b, None
-
-
-def _linear_gradients(
-    ctx: Any, grad: Tensor, saved: list[Tensor], want_x: bool
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Gradients of x, the A's and the B's from what `_save` kept: frozen weights, A's, B's, then x and x A^T."""
     num_frozen, num_adapters = ctx.sizes
-    frozen, rest = saved[:num_frozen], saved[num_frozen:]
-    a, b, kept = rest[:num_adapters], rest[num_adapters : 2 * num_adapters], rest[2 * num_adapters :]
+    want_x = bool(ctx.needs_input_grad[0])
+    frozen, a, b, kept = _split(ctx.saved_tensors, num_frozen, num_adapters, num_adapters)
     assert a, "a backward through the bare base needs no LoRA operation"
     if ctx.kind == "wide":
         x, low = kept[0].split([ctx.in_features, kept[0].shape[1] - ctx.in_features], dim=1)
     else:
         x, low = kept
     grad_x, grad_a, grad_b = lora_linear_backward(grad.contiguous(), x, low, frozen, ctx.kind, a, b, ctx.scale, want_x)
-    parts_a = grad_a.split([matrix.shape[0] for matrix in a])
-    parts_b = grad_b.split([matrix.numel() for matrix in b])
-    grads_a = [part.to(matrix.dtype) for part, matrix in zip(parts_a, a, strict=True)]
-    grads_b = [part.view_as(matrix).to(matrix.dtype) for part, matrix in zip(parts_b, b, strict=True)]
-    return grad_x if want_x else None, grads_a, grads_b
+    grads = _like(grad_a, a), _like(grad_b, b)
+    return grad_x if want_x else None, [None] * num_frozen, None, *grads, None, None
+
+
+def _split(tensors: Sequence[Tensor], *sizes: int) -> Iterator[list[Tensor]]:
+    """Runs of `sizes` tensors, and what is left."""
+    start = 0
+    for size in sizes:
+        yield list(tensors[start : start + size])
+        start += size
+    yield list(tensors[start:])
+
+
+def _like(flat: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients that lie end to end in one tensor, as those of `matrices`."""
+    parts = flat.flatten().split([matrix.numel() for matrix in matrices])
+    return [part.view_as(matrix).to(matrix.dtype) for part, matrix in zip(parts, matrices, strict=True)]
 
 
 lora_linear.register_autograd(_backward, setup_context=_save)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The feed-forward layer: x -> (h, h A_down^T), and that -> y.
+# The feed-forward layer, likewise one operation
 
 
-@torch.library.custom_op("qwen_train::lora_gate_up", mutates_args=())
-def lora_gate_up(
+class Between(NamedTuple):
+    """What lies between the feed-forward layer's input and its output, and its backward needs."""
+
+    low: Tensor
+    """x A^T of gate|up [T, R]; of kind `wide` [x | x A^T]."""
+    gate_up: Tensor
+    """[T, 2F], the adapters' part added."""
+    inner: Tensor
+    """h = silu(gate) * up [T, F]; where `down` is `wide`, [h | h A_down^T]."""
+    low_down: Tensor
+    """h A_down^T [T, r], or empty where `inner` holds it."""
+
+
+@torch.library.custom_op("qwen_train::lora_mlp", mutates_args=())
+def lora_mlp(
     x: Tensor,
     frozen: Sequence[Tensor],
     kind: str,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scale: float,
+    frozen_down: Sequence[Tensor],
+    kind_down: str,
     a_down: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x[T, I] -> h = silu(gate) * up [T, F] and h A_down^T [T, r]; gate|up [T, 2F] and x A^T [T, R] for the backward.
+    b_down: Sequence[Tensor],
+    scale_down: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x[T, I] -> y[T, O] = down(silu(gate(x)) * up(x)), and with `keep` what Between names, empty without.
 
-    Without adapters all but h are empty: bit for bit what adapters with B = 0 give.
+    Without adapters y is bit for bit what adapters with B = 0 give.
     """
-    low = x.new_empty(0)
+    between = _between(x, frozen, kind, a, b, scale, frozen_down, kind_down, a_down)
+    if kind_down == "wide":
+        weight = _with_b(frozen_down[0], between.gate_up.shape[1] // 2, b_down, scale_down)
+        y = forward_product(between.inner, [weight], "dense", None)
+    else:
+        y = forward_product(between.inner, frozen_down, kind_down, None)
+        if b_down:
+            y.addmm_(between.low_down, _scaled(b_down[0], scale_down, y.dtype).T)
+    return (y, *between) if keep else (y, *_nothing(x))
+
+
+def _nothing(x: Tensor) -> Between:
+    return Between(*(x.new_empty(0) for _ in Between._fields))
+
+
+def _between(
+    x: Tensor,
+    frozen: Sequence[Tensor],
+    kind: str,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: float,
+    frozen_down: Sequence[Tensor],
+    kind_down: str,
+    a_down: Sequence[Tensor],
+) -> Between:
     if kind == "wide":
-        gate_up, low = _wide_product(x, frozen[0], None, a, b, scale)
+        low = _extended(x, frozen[0], a)
+        gate_up = forward_product(low, [_with_b(frozen[0], x.shape[1], b, scale)], "dense", None)
     else:
+        low = x @ _stacked(a, x.dtype).T if a else x.new_empty(0)
         gate_up = forward_product(x, frozen, kind, None)
+    tokens, features = x.shape[0], gate_up.shape[1] // 2
+    inner = x.new_empty(tokens, frozen_down[0].shape[1] if kind_down == "wide" else features)
+    h, low_down = inner.split([features, inner.shape[1] - features], dim=1)
     if kind == "wide" or not a:
-        h = swiglu(gate_up)
+        swiglu(gate_up, out=h)
     else:
-        low = x @ _stacked(a, x.dtype).T
-        features, rank = b[0].shape
         stacked = x.new_empty(2 * features, max(matrix.shape[1] for matrix in b))
         for matrix, rows in zip(b, stacked.split(features), strict=True):
             torch.mul(matrix, scale, out=rows[:, : matrix.shape[1]])
-        h = swiglu(gate_up, low, stacked, rank)
-    if not a:
-        return h, x.new_empty(0), x.new_empty(0), low
-    return h, h @ a_down[0].to(x.dtype).T, gate_up, low
+        swiglu(gate_up, low, stacked, b[0].shape[1], out=h)
+    if not a_down:
+        low_down.zero_()
+    elif kind_down == "wide":
+        torch.mm(h, a_down[0].to(h.dtype).T, out=low_down)
+    else:
+        return Between(low, gate_up, inner, h @ a_down[0].to(h.dtype).T)
+    return Between(low, gate_up, inner, x.new_empty(0))
 
 
-@lora_gate_up.register_fake
+@lora_mlp.register_fake
 def _(
     x: Tensor,
     frozen: Sequence[Tensor],
@@ -241,94 +316,112 @@ def _(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scale: float,
+    frozen_down: Sequence[Tensor],
+    kind_down: str,
     a_down: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b_down: Sequence[Tensor],
+    scale_down: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, width = x.shape[0], out_features(frozen, kind, x.shape[1])
-    h = x.new_empty(tokens, width // 2)
-    if not a:
-        return h, x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    low = _empty_low(x, frozen, kind, a)
-    return h, x.new_empty(tokens, a_down[0].shape[0]), x.new_empty(tokens, width), low
+    y = x.new_empty(tokens, out_features(frozen_down, kind_down, width // 2))
+    if not keep:
+        return y, *_nothing(x)
+    if kind_down == "wide":
+        inner, low_down = x.new_empty(tokens, frozen_down[0].shape[1]), x.new_empty(0)
+    else:
+        inner, low_down = x.new_empty(tokens, width // 2), x.new_empty(tokens, a_down[0].shape[0])
+    return y, _empty_low(x, frozen, kind, a), x.new_empty(tokens, width), inner, low_down
 
 
-@torch.library.custom_op("qwen_train::swiglu_gradients", mutates_args=())
-def swiglu_gradients(
-    grad_h: Tensor, grad_low: Tensor, gate_up: Tensor, h: Tensor, a_down: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of h[T, F] and of h A_down^T [T, r] -> gradients of gate|up [T, 2F] and of A_down [r, F] (fp32)."""
-    grad_gate_up = swiglu_backward(grad_h, gate_up, grad_low, a_down.to(h.dtype))
-    return grad_gate_up, product_fp32(grad_low.T, h)
+@torch.library.custom_op("qwen_train::lora_mlp_backward", mutates_args=())
+def lora_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    kind: str,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: float,
+    frozen_down: Sequence[Tensor],
+    kind_down: str,
+    a_down: Sequence[Tensor],
+    b_down: Sequence[Tensor],
+    scale_down: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """grad[T, O] -> gradients of x[T, I], and of the A's and B's of gate|up and of down, each end to end and in fp32.
+
+    `kept` is what forward gave with `keep`. Empty, it is computed again here, all but `down`'s product (29 % of the
+    layer's), and gate|up's gradient takes its place: half the memory of both.
+    """
+    recomputed = not kept
+    if recomputed:
+        low, gate_up, inner, low_down = _between(x, frozen, kind, a, b, scale, frozen_down, kind_down, a_down)
+    else:
+        low, gate_up, inner, low_down = kept
+    features, dtype = gate_up.shape[1] // 2, grad.dtype
+    if kind_down == "wide":
+        inner, low_down = inner.split([features, inner.shape[1] - features], dim=1)
+    grad_low = grad @ _scaled(b_down[0], scale_down, dtype)
+    grad_b_down = product_fp32(grad.T, low_down).mul_(scale_down)
+    grad_a_down = product_fp32(grad_low.T, inner)
+    del inner, low_down  # before the gradient of h, which is as large
+    grad_h = backward_product(grad, frozen_down, kind_down, features)
+    out = gate_up if recomputed else None
+    grad_gate_up = swiglu_backward(grad_h, gate_up, grad_low, a_down[0].to(dtype), out=out)
+    del grad_h
+    if kind == "wide":
+        low = low[:, x.shape[1] :]
+    grads = _linear_gradients(grad_gate_up, x, low, frozen, kind, a, b, scale, True)
+    return *grads, grad_a_down, grad_b_down
 
 
-@swiglu_gradients.register_fake
-def _(grad_h: Tensor, grad_low: Tensor, gate_up: Tensor, h: Tensor, a_down: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate_up), a_down.new_empty(a_down.shape, dtype=torch.float32)
-
-
-def _save_gate_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, frozen, kind, a, b, scale, a_down = inputs
-    h, _, gate_up, low = output
-    ctx.save_for_backward(h, gate_up, *a_down, *frozen, *a, *b, *([low] if kind == "wide" else [x, low]))
-    ctx.in_features = x.shape[1]
-    ctx.sizes = len(frozen), len(a)
-    ctx.kind, ctx.scale = kind, scale
-
-
-def _backward_gate_up(ctx: Any, grad_h: Tensor, grad_low: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    h, gate_up, a_down, *rest = ctx.saved_tensors
-    grad, grad_a_down = swiglu_gradients(grad_h.contiguous(), grad_low.contiguous(), gate_up, h, a_down)
-    grad_x, grads_a, grads_b = _linear_gradients(ctx, grad, rest, True)
-    return grad_x, [None] * ctx.sizes[0], None, grads_a, grads_b, None, [grad_a_down.to(a_down.dtype)]
-
-
-lora_gate_up.register_autograd(_backward_gate_up, setup_context=_save_gate_up)
-
-
-@torch.library.custom_op("qwen_train::lora_down", mutates_args=())
-def lora_down(h: Tensor, low: Tensor, frozen: Sequence[Tensor], kind: str, b: Tensor, scale: float) -> Tensor:
-    """h[T, F] and h A^T [T, r] -> y[T, O]."""
-    return forward_product(h, frozen, kind, None).addmm_(low, _scaled(b, scale, h.dtype).T)
-
-
-@lora_down.register_fake
-def _(h: Tensor, low: Tensor, frozen: Sequence[Tensor], kind: str, b: Tensor, scale: float) -> Tensor:
-    return h.new_empty(h.shape[0], out_features(frozen, kind, h.shape[1]))
-
-
-@torch.library.custom_op("qwen_train::lora_down_backward", mutates_args=())
-def lora_down_backward(
-    grad: Tensor, low: Tensor, frozen: Sequence[Tensor], kind: str, b: Tensor, scale: float, features: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grad[T, O] -> gradients of h[T, F] without the adapter's part, of h A^T [T, r] and of B [O, r] (fp32)."""
-    grad_low = grad @ _scaled(b, scale, grad.dtype)
-    return backward_product(grad, frozen, kind, features), grad_low, product_fp32(grad.T, low).mul_(scale)
-
-
-@lora_down_backward.register_fake
+@lora_mlp_backward.register_fake
 def _(
-    grad: Tensor, low: Tensor, frozen: Sequence[Tensor], kind: str, b: Tensor, scale: float, features: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        grad.new_empty(grad.shape[0], features),
-        torch.empty_like(low),
-        b.new_empty(b.shape, dtype=torch.float32),
+    grad: Tensor,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    kind: str,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: float,
+    frozen_down: Sequence[Tensor],
+    kind_down: str,
+    a_down: Sequence[Tensor],
+    b_down: Sequence[Tensor],
+    scale_down: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_a_down, grad_b_down = (torch.empty_like(matrix, dtype=torch.float32) for matrix in (a_down[0], b_down[0]))
+    return *_empty_gradients(x, a, b, True), grad_a_down, grad_b_down
+
+
+def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, frozen, kind, a, b, scale, frozen_down, kind_down, a_down, b_down, scale_down, keep = inputs
+    kept = output[1:] if keep else ()
+    lists = frozen, a, b, frozen_down, a_down, b_down, kept
+    ctx.sizes = [len(tensors) for tensors in lists]
+    x_is_kept = keep and kind == "wide"  # with x A^T beside it
+    ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors), *(() if x_is_kept else (x,)))
+    ctx.in_features = x.shape[1]
+    ctx.up, ctx.down = (kind, scale), (kind_down, scale_down)
+
+
+def _backward_mlp(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    frozen, a, b, frozen_down, a_down, b_down, kept, rest = _split(ctx.saved_tensors, *ctx.sizes)
+    assert a, "a backward through the bare base needs no LoRA operation"
+    x = rest[0] if rest else kept[0][:, : ctx.in_features]
+    (kind, scale), (kind_down, scale_down) = ctx.up, ctx.down
+    grad_x, *grads = lora_mlp_backward(
+        grad.contiguous(), x, kept, frozen, kind, a, b, scale, frozen_down, kind_down, a_down, b_down, scale_down
     )
+    a, b, a_down, b_down = (_like(flat, part) for flat, part in zip(grads, (a, b, a_down, b_down), strict=True))
+    nothing, nothing_down = [None] * len(frozen), [None] * len(frozen_down)
+    return grad_x, nothing, None, a, b, None, nothing_down, None, a_down, b_down, None, None
 
 
-def _save_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # Neither h nor the output is saved, so a recomputation of the layer ends before this product: 29 % of its work.
-    h, low, frozen, kind, b, scale = inputs
-    ctx.save_for_backward(low, b, *frozen)
-    ctx.features, ctx.kind, ctx.scale = h.shape[1], kind, scale
-
-
-def _backward_down(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    low, b, *frozen = ctx.saved_tensors
-    grad_h, grad_low, grad_b = lora_down_backward(grad.contiguous(), low, frozen, ctx.kind, b, ctx.scale, ctx.features)
-    return grad_h, grad_low, [None] * len(frozen), None, grad_b.to(b.dtype), None
-
-
-lora_down.register_autograd(_backward_down, setup_context=_save_down)
+lora_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,10 +511,10 @@ class Parts(NamedTuple):
 
     frozen: list[Tensor]
     kind: str
-    bias: Tensor | None
     a: list[Tensor]
     b: list[Tensor]
     scale: float
+    bias: Tensor | None
 
 
 def _parts(leader: Any) -> Parts:
@@ -434,10 +527,10 @@ def _parts(leader: Any) -> Parts:
     return Parts(
         frozen,
         leader.kind,
-        leader.frozen_bias if leader.num_frozen else _joined_bias(members),
         [member.lora_A[adapter].weight for member in members] if enabled else [],
         [member.lora_B[adapter].weight for member in members] if enabled else [],
         float(leader.scaling[adapter]),
+        leader.frozen_bias if leader.num_frozen else _joined_bias(members),
     )
 
 
@@ -453,14 +546,14 @@ def _joined_bias(members: Sequence[Any]) -> Tensor | None:
 
 
 def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)) in two operations."""
-    frozen, kind, _, a, b, scale = _parts(mlp.gate_proj)
-    down = _parts(mlp.down_proj)
-    h, low, _, _ = lora_gate_up(x.reshape(-1, x.shape[-1]), frozen, kind, a, b, scale, down.a)
-    if down.a:
-        y = lora_down(h, low, down.frozen, down.kind, down.b[0], down.scale)
-    else:
-        y, _ = lora_linear(h, *down)
+    """down(silu(gate(x)) * up(x)); nothing kept of it where the layer is recomputed, as its own backward sees to that.
+
+    Uncompiled, `checkpoint` runs this forward again all the same, and the backward uses what that one keeps.
+    """
+    *up, _ = _parts(mlp.gate_proj)
+    *down, _ = _parts(mlp.down_proj)
+    keep = torch.is_grad_enabled() and bool(up[2]) and not (mlp.recomputed and torch.compiler.is_compiling())
+    y, *_ = lora_mlp(x.reshape(-1, x.shape[-1]), *up, *down, keep)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -476,8 +569,9 @@ def _attention_forward(
         plain: Any = type(attention).__base__
         return plain.forward(attention, hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs)
     assert kwargs.pop("past_key_values", None) is None, "packed attention has no cache"
-    qkv = _group_output(attention.q_proj, hidden_states)[0]
-    cos, sin = (table[0] for table in position_embeddings)
+    # Not [0], whose backward writes zeros and copies into them.
+    qkv = _group_output(attention.q_proj, hidden_states).squeeze(0)
+    cos, sin = (table.squeeze(0) for table in position_embeddings)
     heads = (member.out_features // attention.head_dim for member in attention.q_proj.members[:2])
     q, k, v = (part.transpose(0, 1)[None] for part in rotary(qkv, cos, sin, *heads))
     attended, weights = packed_attention(
@@ -534,28 +628,34 @@ def fuse_lora(layers: Sequence[nn.Module], fp8: bool, share_storage: bool) -> No
     is a GEMM for each. Raises ValueError where fp8 meets a layer that cannot be grouped.
     """
     for layer in layers:
-        grouped = []
+        groups: dict[str, list[Any]] = {}
         for parent, names in GROUPS:
             members = [getattr(getattr(layer, parent), name) for name in names]
             if all(_is_plain(member) for member in members) and _share_scale(members):
-                _group(members, fp8, share_storage)
-                grouped.append(names[0])
+                groups[names[0]] = members
             elif fp8:
                 raise ValueError(
                     f"model.quantization: fp8 needs plain LoRA on every linear layer, got none (or DoRA, or dropout) "
                     f"on {', '.join(names)}; use lora.target_modules all-linear without use_dora and dropout, or nf4"
                 )
-        _fuse_parents(layer, grouped)
+        fuses_mlp = _fuses_mlp(layer, groups)
+        for name, members in groups.items():
+            may_widen = name == "gate_proj" or (name == "down_proj" and fuses_mlp)
+            _group(members, fp8, share_storage, may_widen and "wide" in FUSED)
+        mlp: Any = layer.mlp
+        if fuses_mlp:
+            _put_forward(mlp, _mlp_forward)
+            mlp.recomputed = False  # compile.py says otherwise
+        # Qwen2's attention up to the rotated q, k and v.
+        if "q_proj" in groups and not hasattr(layer.self_attn, "q_norm") and "rotary" in FUSED:
+            _put_forward(layer.self_attn, _attention_forward)
 
 
-def _fuse_parents(layer: Any, grouped: Sequence[str]) -> None:
-    """Fuse what lies between the groups: the feed-forward layer, and Qwen2's attention up to the rotated q, k and v."""
-    mlp, attention = layer.mlp, layer.self_attn
-    whole = {"gate_proj", "down_proj"} <= set(grouped) and not (mlp.gate_proj.has_bias or mlp.down_proj.has_bias)
-    if whole and mlp.config.hidden_act == "silu" and "feed_forward" in FUSED:
-        _put_forward(mlp, _mlp_forward)
-    if "q_proj" in grouped and not hasattr(attention, "q_norm") and "rotary" in FUSED:
-        _put_forward(attention, _attention_forward)
+def _fuses_mlp(layer: Any, groups: dict[str, list[Any]]) -> bool:
+    if not {"gate_proj", "down_proj"} <= groups.keys() or "feed_forward" not in FUSED:
+        return False
+    bases = [member.base_layer for name in ("gate_proj", "down_proj") for member in groups[name]]
+    return layer.mlp.config.hidden_act == "silu" and all(base.bias is None for base in bases)
 
 
 def _is_plain(member: nn.Module) -> bool:
@@ -572,7 +672,7 @@ def _share_scale(members: Sequence[Any]) -> bool:
     return len({scale for member in members for scale in member.scaling.values()}) == 1
 
 
-def _group(members: Sequence[Any], fp8: bool, share_storage: bool) -> None:
+def _group(members: Sequence[Any], fp8: bool, share_storage: bool, may_widen: bool) -> None:
     leader = members[0]
     bases = [member.base_layer for member in members]
     biases = [base.bias for base in bases if base.bias is not None]
@@ -586,9 +686,9 @@ def _group(members: Sequence[Any], fp8: bool, share_storage: bool) -> None:
             member.base_layer = Fp8Base(base)
     elif share_storage:
         frozen = [torch.cat([base.weight.data for base in bases]) if len(bases) > 1 else bases[0].weight.data]
-        widens = bases[0].in_features < min(base.out_features for base in bases)
-        if widens and len(bases) > 1 and "wide" in FUSED:  # lora_down knows no wide weight
-            kind, rank = "wide", sum(member.r[member.active_adapters[0]] for member in members)
+        rank = sum(member.r[member.active_adapters[0]] for member in members)
+        if may_widen and (bases[0].in_features + rank) % 8 == 0:  # rows of 16 bytes, which the products want
+            kind = "wide"
             frozen = [torch.cat([frozen[0], frozen[0].new_zeros(frozen[0].shape[0], rank)], dim=1)]
         rows = frozen[0][:, : bases[0].in_features].split([base.weight.shape[0] for base in bases])
         for base, weight in zip(bases, rows, strict=True):
@@ -598,7 +698,6 @@ def _group(members: Sequence[Any], fp8: bool, share_storage: bool) -> None:
         # Past nn.Module's bookkeeping: a member must not become a submodule of its leader, nor the leader of a member.
         member.__dict__.update(leader=leader, position=position)
     leader.__dict__.update(members=list(members), outputs={}, kind=kind, num_frozen=len(frozen))
-    leader.__dict__["has_bias"] = bool(biases)
     for index, tensor in enumerate(frozen):
         leader.register_buffer(f"frozen_{index}", tensor, persistent=False)
     if frozen:  # otherwise it is FSDP2 that holds weights and biases, and gathers them for each forward

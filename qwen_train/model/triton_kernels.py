@@ -68,13 +68,13 @@ def _halves(table, place, half, inside):
 
 
 @triton.jit
-def swiglu_kernel(gate_up, out, features, BLOCK: tl.constexpr):  # noqa: N803
+def swiglu_kernel(gate_up, out, features, out_stride, BLOCK: tl.constexpr):  # noqa: N803
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < features
     gate = tl.load(gate_up + row * 2 * features + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * features + features + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * features + column, _silu_product(gate, up, out.dtype.element_ty), mask=mask)
+    tl.store(out + row * out_stride + column, _silu_product(gate, up, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def swiglu_backward_kernel(grad, gate_up, out, features, BLOCK: tl.constexpr):  
 
 @triton.jit(do_not_specialize=["rows"])  # the number of tokens would compile it again mid-run
 def swiglu_low_kernel(
-    gate_up, low, b, out, rows, features, low_stride, b_width, gate_rank, up_rank,
+    gate_up, low, b, out, rows, features, low_stride, b_width, out_stride, gate_rank, up_rank,
     RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -116,7 +116,7 @@ def swiglu_low_kernel(
     up = (up + tl.dot(small, wide, input_precision="ieee")).to(kind)
     tl.store(place + features, up, mask=mask)
 
-    place = out + row[:, None] * features + column[None, :]
+    place = out + row[:, None] * out_stride + column[None, :]
     tl.store(place, _silu_product(gate.to(tl.float32), up.to(tl.float32), kind), mask=mask)
 
 

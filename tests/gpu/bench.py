@@ -311,11 +311,17 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
                 run.backward(-(model(batch).logps * batch.weights).sum() / microbatches.total_weight)
             sync()
         seen: dict[str, list[float]] = {}
+        spans = []
         for event in profile.events():
             if event.device_type == torch.autograd.DeviceType.CUDA and event.name != "Command Buffer Full":
                 seen.setdefault(event.name, []).append(event.device_time)
+                spans.append((event.time_range.start, event.time_range.end))
         rows = sorted(((sum(times), len(times), name) for name, times in seen.items()), reverse=True)
-        lines = [f"{microbatches.num_tokens} tokens, kernels {sum(row[0] for row in rows) / 1000:.1f} ms"]
+        whole = max(end for _, end in spans) - min(start for start, _ in spans)
+        lines = [
+            f"{microbatches.num_tokens} tokens, {len(spans)} kernels of {sum(row[0] for row in rows) / 1000:.1f} ms "
+            f"within {whole / 1000:.1f} ms"
+        ]
         lines += [
             f"{total / 1000:9.2f} ms {count:6d} x {total / count:9.1f} us  {name[:150]}" for total, count, name in rows
         ]
