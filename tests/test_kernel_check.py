@@ -11,7 +11,7 @@ from qwen_train.model.kernel_check import _checks, _tensors, check_kernels
 
 SHAPE = Qwen2Config(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=300)
 CPU = torch.device("cpu")
-NAMES = ["swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward", "rotary", "rotary_backward"]
+NAMES = ["swiglu", "swiglu_backward", "round_adapters", "rms_norm", "rms_norm_backward", "rotary", "rotary_backward"]
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_without_a_gpu_there_is_nothing_to_check():
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
 def test_each_check_can_be_made(quantization: str):
     checks = list(_checks(SHAPE, quantization, 8, CPU))
-    assert len(checks) == (9 if quantization == "none" else 10)
+    assert len(checks) == (10 if quantization == "none" else 11)
     for name, run in checks:
         first, second = _tensors(run()), _tensors(run())
         assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True)), name

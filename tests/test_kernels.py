@@ -79,7 +79,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 def test_swiglu(device: str, dtype: torch.dtype, gate: int, up: int):
     """Ranks that fill no tile, tokens and features that fill none either, views with a stride, results in place."""
     gate_up, grad = draw(device, dtype, 70, 2 * 300), draw(device, dtype, 70, 300)
-    low, b = draw(device, dtype, 70, gate + up + 5)[:, 5:], draw(device, dtype, 600, max(gate, up))
+    low, b = draw(device, dtype, 70, gate + up + 5)[:, 5:], draw(device, dtype, 600, gate + up)
     a = draw(device, dtype, gate, 300)
 
     def outputs() -> list[Tensor]:
@@ -96,6 +96,24 @@ def test_swiglu(device: str, dtype: torch.dtype, gate: int, up: int):
         return [*results, whole, wider, *gradients]
 
     both_agree(outputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("ranks", "heights"), [((8,), (70,)), ((24, 5), (33, 33)), ((8, 3, 40), (100, 7, 64))])
+def test_round_adapters(device: str, dtype: torch.dtype, ranks: tuple[int, ...], heights: tuple[int, ...]):
+    """Bit for bit, beside a weight too, of which nothing else changes."""
+    a = [draw(device, torch.float32, rank, 1100) for rank in ranks]
+    b = [draw(device, torch.float32, height, rank) for height, rank in zip(heights, ranks, strict=True)]
+    weight = draw(device, dtype, sum(heights), 50 + sum(ranks))
+    extended = weight.clone()
+    stacked, blocks = kernels.round_adapters(a, b, 1.7, dtype)
+    again, _ = kernels.round_adapters(a, b, 1.7, dtype, out=extended[:, 50:])
+    expected = torch.block_diag(*((matrix * 1.7).to(dtype) for matrix in b))
+    assert torch.equal(stacked, torch.cat(a).to(dtype)) and torch.equal(again, stacked)
+    assert torch.equal(blocks, expected) and torch.equal(extended, torch.cat([weight[:, :50], expected], dim=1))
+    with kernels.turned_off():
+        plain = kernels.round_adapters(a, b, 1.7, dtype)
+    assert torch.equal(stacked, plain[0]) and torch.equal(blocks, plain[1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

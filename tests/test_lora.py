@@ -291,9 +291,9 @@ def test_swiglu_and_its_gradient():
     """With the adapters' parts that its kernels add on the way: of gate|up before it, of the next projection after."""
     generator = torch.Generator().manual_seed(0)
     gate_up, low, b, grad, grad_low, a = (
-        torch.randn(*shape, generator=generator) for shape in ((7, 24), (7, 3 + 5), (24, 5), (7, 12), (7, 4), (4, 12))
+        torch.randn(*shape, generator=generator) for shape in ((7, 24), (7, 3 + 5), (24, 8), (7, 12), (7, 4), (4, 12))
     )
-    whole = gate_up + torch.cat([low[:, :3] @ b[:12, :3].T, low[:, 3:] @ b[12:].T], dim=1)
+    whole = gate_up + torch.cat([low[:, :3] @ b[:12, :3].T, low[:, 3:] @ b[12:, 3:].T], dim=1)
     whole.requires_grad_()
     gate, up = whole.split(12, dim=1)
     expected = torch.nn.functional.silu(gate) * up

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from qwen_train.model.attention import packed_attention
 from qwen_train.model.frozen import backward_product, forward_product, nf4_tensors, out_features, quantize_fp8
-from qwen_train.model.kernels import rms_norm, rotary, swiglu, swiglu_backward
+from qwen_train.model.kernels import rms_norm, rotary, round_adapters, swiglu, swiglu_backward
 from qwen_train.model.logprobs import product_fp32
 
 GROUPS = (
@@ -69,14 +69,14 @@ def lora_linear(
     to them costs 7 % of the product), and the columns of B are written again each time, as they cost nothing.
     """
     if kind == "wide":
-        extended = _extended(x, frozen[0], a)
-        y = forward_product(extended, [_with_b(frozen[0], x.shape[1], b, scale)], "dense", bias)
-        return y, extended if a else x.new_empty(0)
+        extended = _extended(x, frozen[0], a, b, scale)
+        return forward_product(extended, frozen, "dense", bias), extended if a else x.new_empty(0)
     y = forward_product(x, frozen, kind, bias)
     if not a:
         return y, x.new_empty(0)
-    low = x @ _stacked(a, x.dtype).T
-    for part, columns, matrix in _by_block(y, low, b, scale):
+    stacked, blocks = round_adapters(a, b, scale, x.dtype)
+    low = x @ stacked.T
+    for part, columns, matrix in _by_block(y, low, blocks, b):
         torch.addmm(part, columns, matrix.T, out=part)
     return y, low
 
@@ -101,20 +101,19 @@ def _empty_low(x: Tensor, frozen: Sequence[Tensor], kind: str, a: Sequence[Tenso
     return x.new_empty(x.shape[0], frozen[0].shape[1] if kind == "wide" else sum(matrix.shape[0] for matrix in a))
 
 
-def _extended(x: Tensor, weight: Tensor, a: Sequence[Tensor]) -> Tensor:
-    """[x | x A^T] for a weight [W | s B]; without A's zeros, not a shorter sum: the reference rounds as the policy."""
-    low = x @ _stacked(a, x.dtype).T if a else x.new_zeros(x.shape[0], weight.shape[1] - x.shape[1])
+def _extended(x: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> Tensor:
+    """[x | x A^T], to be multiplied with [W | s B], whose last columns are written here.
+
+    Without adapters x is extended by zeros, and the sum is not shorter: the reference then rounds as the policy does.
+    """
+    width = x.shape[1]
+    if a:
+        # `.data`: the columns of B are these operations' own, and no saved tensor's version should count them.
+        stacked, _ = round_adapters(a, b, scale, x.dtype, out=weight.data[:, width:])
+        low = x @ stacked.T
+    else:
+        low = x.new_zeros(x.shape[0], weight.shape[1] - width)
     return torch.cat([x, low], dim=1)
-
-
-def _with_b(weight: Tensor, width: int, b: Sequence[Tensor], scale: float) -> Tensor:
-    """The weight [W | s B], its columns past `width` written anew; as they are without B's."""
-    row = 0
-    # `.data`: the columns of B are these operations' own, and no saved tensor's version should count them.
-    for block, matrix in zip(_columns(weight.data[:, width:], b), b, strict=True) if b else ():
-        torch.mul(matrix, scale, out=block[row : row + matrix.shape[0]])
-        row += matrix.shape[0]
-    return weight
 
 
 @torch.library.custom_op("qwen_train::lora_linear_backward", mutates_args=())
@@ -162,12 +161,13 @@ def _linear_gradients(
     scale: float,
     want_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    stacked, blocks = round_adapters(a, b, scale, grad.dtype)
     grad_low = x.new_empty(low.shape)
-    for part, columns, matrix in _by_block(grad, grad_low, b, scale):
+    for part, columns, matrix in _by_block(grad, grad_low, blocks, b):
         torch.mm(part, matrix, out=columns)
     if want_x:
         grad_x = backward_product(grad, frozen, kind, x.shape[1])
-        grad_x.addmm_(grad_low, _stacked(a, x.dtype))
+        grad_x.addmm_(grad_low, stacked)
     else:
         grad_x = x.new_empty(0)
     return grad_x, product_fp32(grad_low.T, x), _gradients_of_b(grad, low, b, scale)
@@ -257,14 +257,15 @@ def lora_mlp(
 
     Without adapters y is bit for bit what adapters with B = 0 give.
     """
-    between = _between(x, frozen, kind, a, b, scale, frozen_down, kind_down, a_down)
-    if kind_down == "wide":
-        weight = _with_b(frozen_down[0], between.gate_up.shape[1] // 2, b_down, scale_down)
-        y = forward_product(between.inner, [weight], "dense", None)
-    else:
-        y = forward_product(between.inner, frozen_down, kind_down, None)
-        if b_down:
-            y.addmm_(between.low_down, _scaled(b_down[0], scale_down, y.dtype).T)
+    wide = kind_down == "wide"
+    down = None
+    if a_down:
+        columns = frozen_down[0].data[:, out_features(frozen, kind, x.shape[1]) // 2 :] if wide else None
+        down = round_adapters(a_down, b_down, scale_down, x.dtype, out=columns)
+    between = _between(x, frozen, kind, a, b, scale, frozen_down, kind_down, down[0] if down else None)
+    y = forward_product(between.inner, frozen_down, "dense" if wide else kind_down, None)
+    if down and not wide:
+        y.addmm_(between.low_down, down[1].T)
     return (y, *between) if keep else (y, *_nothing(x))
 
 
@@ -281,31 +282,33 @@ def _between(
     scale: float,
     frozen_down: Sequence[Tensor],
     kind_down: str,
-    a_down: Sequence[Tensor],
+    a_down: Tensor | None,
 ) -> Between:
+    """`a_down` is rounded; without adapters it is None."""
+    blocks = low = None
     if kind == "wide":
-        low = _extended(x, frozen[0], a)
-        gate_up = forward_product(low, [_with_b(frozen[0], x.shape[1], b, scale)], "dense", None)
+        low = _extended(x, frozen[0], a, b, scale)
+        gate_up = forward_product(low, frozen, "dense", None)
     else:
-        low = x @ _stacked(a, x.dtype).T if a else x.new_empty(0)
         gate_up = forward_product(x, frozen, kind, None)
+        if a:
+            stacked, blocks = round_adapters(a, b, scale, x.dtype)
+            low = x @ stacked.T
     tokens, features = x.shape[0], gate_up.shape[1] // 2
     inner = x.new_empty(tokens, frozen_down[0].shape[1] if kind_down == "wide" else features)
     h, low_down = inner.split([features, inner.shape[1] - features], dim=1)
-    if kind == "wide" or not a:
+    if blocks is None:
         swiglu(gate_up, out=h)
     else:
-        stacked = x.new_empty(2 * features, max(matrix.shape[1] for matrix in b))
-        for matrix, rows in zip(b, stacked.split(features), strict=True):
-            torch.mul(matrix, scale, out=rows[:, : matrix.shape[1]])
-        swiglu(gate_up, low, stacked, b[0].shape[1], out=h)
-    if not a_down:
+        swiglu(gate_up, low, blocks, b[0].shape[1], out=h)
+    own = x.new_empty(0)
+    if a_down is None:
         low_down.zero_()
     elif kind_down == "wide":
-        torch.mm(h, a_down[0].to(h.dtype).T, out=low_down)
+        torch.mm(h, a_down.T, out=low_down)
     else:
-        return Between(low, gate_up, inner, h @ a_down[0].to(h.dtype).T)
-    return Between(low, gate_up, inner, x.new_empty(0))
+        own = h @ a_down.T
+    return Between(x.new_empty(0) if low is None else low, gate_up, inner, own)
 
 
 @lora_mlp.register_fake
@@ -356,20 +359,20 @@ def lora_mlp_backward(
     layer's), and gate|up's gradient takes its place: half the memory of both.
     """
     recomputed = not kept
+    down_a, down_b = round_adapters(a_down, b_down, scale_down, grad.dtype)
     if recomputed:
-        low, gate_up, inner, low_down = _between(x, frozen, kind, a, b, scale, frozen_down, kind_down, a_down)
+        low, gate_up, inner, low_down = _between(x, frozen, kind, a, b, scale, frozen_down, kind_down, down_a)
     else:
         low, gate_up, inner, low_down = kept
-    features, dtype = gate_up.shape[1] // 2, grad.dtype
+    features = gate_up.shape[1] // 2
     if kind_down == "wide":
         inner, low_down = inner.split([features, inner.shape[1] - features], dim=1)
-    grad_low = grad @ _scaled(b_down[0], scale_down, dtype)
+    grad_low = grad @ down_b
     grad_b_down = product_fp32(grad.T, low_down).mul_(scale_down)
     grad_a_down = product_fp32(grad_low.T, inner)
     del inner, low_down  # before the gradient of h, which is as large
     grad_h = backward_product(grad, frozen_down, kind_down, features)
-    out = gate_up if recomputed else None
-    grad_gate_up = swiglu_backward(grad_h, gate_up, grad_low, a_down[0].to(dtype), out=out)
+    grad_gate_up = swiglu_backward(grad_h, gate_up, grad_low, down_a, out=gate_up if recomputed else None)
     del grad_h
     if kind == "wide":
         low = low[:, x.shape[1] :]
@@ -428,40 +431,23 @@ lora_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
 # Parts of the operations
 
 
-def _stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The A's one below the other [R, I], rounded once."""
-    if len(a) == 1:
-        return a[0].to(dtype)
-    stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), a[0].shape[1], dtype=dtype)
-    for matrix, rows in zip(a, stacked.split([matrix.shape[0] for matrix in a]), strict=True):
-        rows.copy_(matrix)
-    return stacked
-
-
-def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """s B, rounded once."""
-    return torch.mul(b, scale, out=torch.empty_like(b, dtype=dtype))
-
-
 def _columns(low: Tensor, b: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Each member's columns of [T, R]."""
     return low.split([matrix.shape[1] for matrix in b], dim=1)
 
 
-def _by_block(wide: Tensor, low: Tensor, b: Sequence[Tensor], scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(columns of wide[T, O], columns of low[T, R], their s B), rounded once: of each member, or of all as one block.
+def _by_block(
+    wide: Tensor, low: Tensor, blocks: Tensor, b: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(columns of wide[T, O], columns of low[T, R], the s B between them): of each member, or of all as one block.
 
-    q, k and v together: the products of k and v alone are too small for a GPU. The columns are views.
+    q, k and v together: the products of k and v alone are too small for a GPU. All are views.
     """
-    heights = [matrix.shape[0] for matrix in b]
     if _as_one_block(b):
-        block = low.new_zeros(sum(heights), sum(matrix.shape[1] for matrix in b))
-        for matrix, rows in zip(b, _diagonal(block, b), strict=True):
-            torch.mul(matrix, scale, out=rows)
-        yield wide, low, block
+        yield wide, low, blocks
     else:
-        for part, columns, matrix in zip(wide.split(heights, dim=1), _columns(low, b), b, strict=True):
-            yield part, columns, _scaled(matrix, scale, low.dtype)
+        parts = wide.split([matrix.shape[0] for matrix in b], dim=1)
+        yield from zip(parts, _columns(low, b), _diagonal(blocks, b), strict=True)
 
 
 def _gradients_of_b(grad: Tensor, low: Tensor, b: Sequence[Tensor], scale: float) -> Tensor:
@@ -639,9 +625,10 @@ def fuse_lora(layers: Sequence[nn.Module], fp8: bool, share_storage: bool) -> No
                     f"on {', '.join(names)}; use lora.target_modules all-linear without use_dora and dropout, or nf4"
                 )
         fuses_mlp = _fuses_mlp(layer, groups)
+        widest = layer.mlp.config.intermediate_size > layer.mlp.config.hidden_size and "wide" in FUSED
         for name, members in groups.items():
-            may_widen = name == "gate_proj" or (name == "down_proj" and fuses_mlp)
-            _group(members, fp8, share_storage, may_widen and "wide" in FUSED)
+            # Not down by itself: h would have to be copied beside h A^T.
+            _group(members, fp8, share_storage, widest and (name == "gate_proj" or (name == "down_proj" and fuses_mlp)))
         mlp: Any = layer.mlp
         if fuses_mlp:
             _put_forward(mlp, _mlp_forward)

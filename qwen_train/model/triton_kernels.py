@@ -112,12 +112,47 @@ def swiglu_low_kernel(
     gate = (gate + tl.dot(small, wide, input_precision="ieee")).to(kind)
     tl.store(place, gate, mask=mask)
     small = tl.load(left + gate_rank, mask=in_rows & (inner < up_rank)[None, :], other=0.0)
-    wide = tl.load(right + features * b_width, mask=in_columns & (inner < up_rank)[:, None], other=0.0)
+    wide = tl.load(right + features * b_width + gate_rank, mask=in_columns & (inner < up_rank)[:, None], other=0.0)
     up = (up + tl.dot(small, wide, input_precision="ieee")).to(kind)
     tl.store(place + features, up, mask=mask)
 
     place = out + row[:, None] * out_stride + column[None, :]
     tl.store(place, _silu_product(gate.to(tl.float32), up.to(tl.float32), kind), mask=mask)
+
+
+@triton.jit
+def _scaled_block(b, row, column, rows, columns, scale):
+    """scale * b[rows, columns] at (row, column), 0 outside of it; fp32."""
+    mask = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < columns))[None, :]
+    return tl.load(b + row[:, None] * columns + column[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+
+
+@triton.jit
+def round_adapters_kernel(
+    a0, a1, a2, b0, b1, b2, out_a, out_b, columns, chunks, a_programs,
+    rank0, rank1, rank2, height0, height1, height2, b_stride, scale,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < a_programs:  # part of a row of the stacked A's
+        row = program // chunks
+        column = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < columns
+        first, second = row - rank0, row - rank0 - rank1
+        data = tl.load(a0 + row * columns + column, mask=inside & (row < rank0), other=0.0).to(tl.float32)
+        is_second = inside & (first >= 0) & (second < 0)
+        data += tl.load(a1 + first * columns + column, mask=is_second, other=0.0).to(tl.float32)
+        data += tl.load(a2 + second * columns + column, mask=inside & (second >= 0), other=0.0).to(tl.float32)
+        tl.store(out_a + row * columns + column, data.to(out_a.dtype.element_ty), mask=inside)
+    else:  # rows of the block-diagonal s B
+        line = (program - a_programs) * ROWS + tl.arange(0, ROWS)
+        inner = tl.arange(0, RANK)
+        block = _scaled_block(b0, line, inner, height0, rank0, scale)
+        block += _scaled_block(b1, line - height0, inner - rank0, height1, rank1, scale)
+        block += _scaled_block(b2, line - height0 - height1, inner - rank0 - rank1, height2, rank2, scale)
+        mask = (line < height0 + height1 + height2)[:, None] & (inner < rank0 + rank1 + rank2)[None, :]
+        place = out_b + line.to(tl.int64)[:, None] * b_stride + inner[None, :]
+        tl.store(place, block.to(out_b.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
