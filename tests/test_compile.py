@@ -141,6 +141,36 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
 
 
 @pytest.mark.usefixtures("quick_backend")
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_a_part_that_is_left_out_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, recomputed: int
+):
+    """Of a recomputed layer torch then compiles nothing at all, and says nothing: seen on a GPU with torch 2.11."""
+    batch = make_batch(0)
+    plain = logps_and_gradients(build(monkeypatch), batch)
+    whole = build(monkeypatch, compile=True, checkpoint_layers=recomputed)
+    with caplog.at_level(logging.WARNING):
+        logps_and_gradients(whole, batch)
+        assert warnings_in(caplog) == [] and compiled_graphs() == 2
+        torch._dynamo.reset()
+        forward = lora._norm_forward
+
+        def broken(norm: Any, x: Any) -> Any:
+            torch._dynamo.graph_break()
+            return forward(norm, x)
+
+        monkeypatch.setattr(lora, "_norm_forward", broken)
+        model = build(monkeypatch, compile=True, checkpoint_layers=recomputed)
+        before = compiled_graphs()
+        for _ in range(2):
+            one = logps_and_gradients(model, batch)
+    assert torch.equal(one[0], plain[0]) and farthest(one[1], plain[1]) <= 1e-6
+    (warning,) = warnings_in(caplog)
+    assert warning.startswith("model.compile: torch.compile took a layer in parts only") and "\n" not in warning
+    assert (compiled_graphs() == before) is (recomputed == 2)
+
+
+@pytest.mark.usefixtures("quick_backend")
 def test_the_limit_of_graphs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """torch alone would run on eagerly without a word."""
     model = build(monkeypatch, compile=True)

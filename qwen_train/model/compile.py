@@ -1,7 +1,7 @@
 """How the decoder layers run: compiled or as written, and how many recompute their activations in backward.
 
 One compilation serves all layers and any number of tokens. Should the compiler fail, or want to compile ever more
-graphs, the layers run as written from then on, and a line says so and why.
+graphs, the layers run as written from then on, and a line says so and why; likewise where it leaves a part out.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ class Fallback:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.broken = False
 
     def guard(self, compiled: Forward, plain: Forward) -> Forward:
         """`compiled`, and `plain` where the compiler fails.
@@ -44,7 +45,9 @@ class Fallback:
             if self.reason is not None:
                 return plain(*args, **kwargs)
             try:
-                return compiled(*args, **kwargs)
+                result = compiled(*args, **kwargs)
+                self.mind_breaks()
+                return result
             except (RuntimeError, FailOnRecompileLimitHit) as error:
                 if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
                     raise
@@ -54,6 +57,17 @@ class Fallback:
             return result
 
         return call
+
+    def mind_breaks(self) -> None:
+        """Say, once, what the compiler left out: it runs that as written, and all of a recomputed layer, in silence."""
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        if breaks and not self.broken:
+            self.broken = True
+            logger.warning(
+                "model.compile: torch.compile took a layer in parts only, or not at all, which is slower and may take "
+                "more memory (%s); TORCH_LOGS=graph_breaks says where",
+                " ".join(str(next(iter(breaks))).split())[:200],
+            )
 
     def give_up(self, error: Exception) -> None:
         """Compile no more, and say why."""

@@ -538,7 +538,7 @@ def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
     """
     *up, _ = _parts(mlp.gate_proj)
     *down, _ = _parts(mlp.down_proj)
-    keep = torch.is_grad_enabled() and bool(up[2]) and not (mlp.recomputed and torch.compiler.is_compiling())
+    keep = torch.is_grad_enabled() and len(up[2]) > 0 and not (mlp.recomputed and torch.compiler.is_compiling())
     y, *_ = lora_mlp(x.reshape(-1, x.shape[-1]), *up, *down, keep)
     return y.view(*x.shape[:-1], -1)
 
@@ -625,11 +625,11 @@ def fuse_lora(layers: Sequence[nn.Module], fp8: bool, share_storage: bool) -> No
                     f"on {', '.join(names)}; use lora.target_modules all-linear without use_dora and dropout, or nf4"
                 )
         fuses_mlp = _fuses_mlp(layer, groups)
-        widest = layer.mlp.config.intermediate_size > layer.mlp.config.hidden_size and "wide" in FUSED
+        mlp: Any = layer.mlp
+        widens = mlp.config.intermediate_size > mlp.config.hidden_size and "wide" in FUSED
         for name, members in groups.items():
             # Not down by itself: h would have to be copied beside h A^T.
-            _group(members, fp8, share_storage, widest and (name == "gate_proj" or (name == "down_proj" and fuses_mlp)))
-        mlp: Any = layer.mlp
+            _group(members, fp8, share_storage, widens and (name == "gate_proj" or (name == "down_proj" and fuses_mlp)))
         if fuses_mlp:
             _put_forward(mlp, _mlp_forward)
             mlp.recomputed = False  # compile.py says otherwise
