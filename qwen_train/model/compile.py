@@ -7,8 +7,9 @@ graphs, the layers run as written from then on, and a line says so and why; like
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -151,7 +152,6 @@ def _with_dynamic_lengths(forward: Forward) -> Forward:
 
 
 def _recomputing(forward: Forward, preserve_rng_state: bool) -> Forward:
-    @wraps(forward)
     def recomputing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(hidden_states, *args, **kwargs)
@@ -159,4 +159,15 @@ def _recomputing(forward: Forward, preserve_rng_state: bool) -> Forward:
             forward, hidden_states, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
         )
 
-    return recomputing
+    code = _own_code(recomputing.__code__, getattr(forward, "__func__", forward))
+    return FunctionType(code, recomputing.__globals__, recomputing.__name__, None, recomputing.__closure__)
+
+
+@cache
+def _own_code(code: CodeType, function: Forward) -> CodeType:
+    """A copy of `code` for all layers that run `function`.
+
+    torch keeps compiled graphs by code, and torch 2.11 does not look which function a wrapper calls: the last layer's
+    graph, which returns some rows only, would serve the other layers too.
+    """
+    return code.replace()

@@ -536,10 +536,10 @@ def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
 
     Uncompiled, `checkpoint` runs this forward again all the same, and the backward uses what that one keeps.
     """
-    *up, _ = _parts(mlp.gate_proj)
-    *down, _ = _parts(mlp.down_proj)
-    keep = torch.is_grad_enabled() and len(up[2]) > 0 and not (mlp.recomputed and torch.compiler.is_compiling())
-    y, *_ = lora_mlp(x.reshape(-1, x.shape[-1]), *up, *down, keep)
+    up, down = _parts(mlp.gate_proj), _parts(mlp.down_proj)
+    # Not bool(up.a): torch 2.11 does not trace it, and leaves the layer out.
+    keep = torch.is_grad_enabled() and len(up.a) > 0 and not (mlp.recomputed and torch.compiler.is_compiling())
+    y, *_ = lora_mlp(x.reshape(-1, x.shape[-1]), *up[:-1], *down[:-1], keep)  # without the bias
     return y.view(*x.shape[:-1], -1)
 
 

@@ -97,7 +97,9 @@ class PackedLM(nn.Module):
             use_cache=False,
             packed_rows=rows,
             **attention_kwargs(batch.bounded(self.max_length), self.attention),
-        ).last_hidden_state[0, : len(batch.targets)]
+        ).last_hidden_state[0]
+        assert len(hidden) == len(rows), "the last layer returned other rows than it was asked for"
+        hidden = hidden[: len(batch.targets)]
         compiled_head = self.layers.compiled and hidden.is_cuda
         return token_logprobs(hidden, lm.lm_head.weight, batch.targets, self.head_chunk, compiled_head)
 
