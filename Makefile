@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/single.yaml
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-all test-gpu-torch check install clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,17 @@ test: install  ## every CPU test, as CI runs them
 test-all: install  ## the long fault and fuzz runs too
 	$(RUN) -n 2 --dist worksteal
 
+# torch.compile is another one in each torch: what 2.13 takes, 2.11 may leave out. 3 GB of packages, no GPU needed.
+GPU_TORCH := 2.11.0
+test-gpu-torch:  ## the models and their compiled layers on the torch that the GPUs are tested with
+	$(PYTHON) -m venv $(VENV)-torch-$(GPU_TORCH)
+	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)-torch-$(GPU_TORCH)/constraints.txt
+	$(VENV)-torch-$(GPU_TORCH)/bin/pip install --quiet --constraint $(VENV)-torch-$(GPU_TORCH)/constraints.txt \
+		torch==$(GPU_TORCH) --editable '.[dev]'
+	OMP_NUM_THREADS=1 $(VENV)-torch-$(GPU_TORCH)/bin/python -m pytest -n 2 -q -p no:cacheprovider \
+		tests/test_lora.py tests/test_compile.py tests/test_model.py tests/test_logprobs.py tests/test_attention.py \
+		tests/test_fsdp.py
+
 check: install  ## before every commit: lint, format, types, tests that launch nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +49,4 @@ check: install  ## before every commit: lint, format, types, tests that launch n
 	$(RUN) -n 2 --dist worksteal -m "not slow and not launch and not ranks" -q
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-torch-* runs build *.egg-info

@@ -41,7 +41,7 @@ from tests.preferences import (
     pairs_of,
     run_dpo,
 )
-from tests.scripts import ScriptRunner, read_metrics
+from tests.scripts import FreshProcess, ScriptRunner, read_metrics
 
 TOLERANCE = 1e-5  # nats, fp32
 CPU = torch.device("cpu")
@@ -50,7 +50,8 @@ ON_A_GPU = [pytest.param(place, "cuda", marks=pytest.mark.gpu) for place in ("cu
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, scripts: ScriptRunner, cache_dir: Path) -> Path:
-    return make_start(scripts, tmp_path_factory.mktemp("sft"), cache_dir)
+    runner = FreshProcess() if torch.cuda.is_available() else scripts
+    return make_start(runner, tmp_path_factory.mktemp("sft"), cache_dir)
 
 
 @pytest.fixture(scope="module")
