@@ -189,7 +189,7 @@ def test_a_part_that_is_left_out_is_said(
             one = logps_and_gradients(model, batch)
     assert torch.equal(one[0], plain[0]) and farthest(one[1], plain[1]) <= 1e-6
     (warning,) = warnings_in(caplog)
-    assert warning.startswith("model.compile: torch.compile took a layer in parts only") and "\n" not in warning
+    assert warning.startswith("model.compile: torch.compile took a function in parts only") and "\n" not in warning
     assert (compiled_graphs() == before) is (recomputed == 2)
 
 

@@ -21,10 +21,10 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_OFF", False)
 
     def off(name: str):
-        def call(*arguments):
+        def call(*arguments, **named):
             with monkeypatch.context() as patch:
                 patch.setattr(kernels, "use_kernels", lambda x: False)
-                return torch_forms[name](*arguments)
+                return torch_forms[name](*arguments, **named)
 
         return call
 
@@ -41,14 +41,16 @@ def score_like_torch(logits, targets, dtype):
 
 
 def spoiled(function, how: str):
-    def call(*arguments):
+    def call(*arguments, **named):
         if kernels._OFF:
-            return function(*arguments)
+            return function(*arguments, **named)
         if how == "fails":
             raise RuntimeError("out of resource: shared memory\nand more")
-        result = function(*arguments)
+        result = function(*arguments, **named)
         first = result if isinstance(result, torch.Tensor) else result[0]
-        first.view(-1)[7] += {"wrong": 0.2, "nan": float("nan"), "rounding": 1e-3}[how] * float(first.abs().max())
+        first[(0,) * (first.ndim - 1) + (7,)] += {"wrong": 0.2, "nan": float("nan"), "rounding": 1e-3}[how] * float(
+            first.abs().max()
+        )
         return result
 
     return call

@@ -33,6 +33,7 @@ def build(
     dtype: str = "float32",
     lora_on: bool = True,
     device: str = "cpu",
+    rank: int = 8,
     **model: Any,
 ) -> PackedLM:
     """The tiny model with a trained-looking adapter; its feed-forward is widened, so that gate|up is stored `wide`."""
@@ -48,7 +49,7 @@ def build(
             SFTConfig(
                 model=ModelConfig(path=str(TINY), from_scratch=True, dtype=dtype, **settings),
                 data=DataConfig(train="x"),
-                lora=LoraConfig(enabled=lora_on, r=8),
+                lora=LoraConfig(enabled=lora_on, r=rank),
             ),
             load_tokenizer(ModelConfig(path=str(TINY))),
             torch.device(device),
@@ -75,11 +76,13 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
 
 
-def test_equals_peft(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("rank", "wide"), [(8, 4), (4, 2), (3, 0)], ids=["all wide", "down is not", "none is"])
+def test_equals_peft(monkeypatch: pytest.MonkeyPatch, rank: int, wide: int):
+    """Rows of a `wide` weight must be whole runs of 16 bytes: a rank of 4 makes such of gate|up, not of down."""
     batch = make_batch(0)
-    plain, fused = build(monkeypatch, fused=False), build(monkeypatch)
+    plain, fused = build(monkeypatch, fused=False, rank=rank), build(monkeypatch, rank=rank)
     kinds = Counter(m.kind for m in fused.modules() if getattr(m, "position", None) == 0)
-    assert kinds == {"wide": 4, "dense": 4}, "two layers: gate|up and down are wide; q|k|v and o are dense"
+    assert kinds == Counter(wide=wide, dense=8 - wide), "of two layers; q|k|v and o are dense"
     one, other = logps_and_gradients(plain, batch), logps_and_gradients(fused, batch)
     assert (one[0] - other[0]).abs().max() <= 1e-5
     assert farthest(one[1], other[1]) <= 1e-5

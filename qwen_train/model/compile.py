@@ -29,6 +29,11 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def _graph_breaks() -> int:
+    """Places, so far, that torch.compile left out."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
 class Fallback:
     """Calls compiled functions until the compiler fails once; from then on all of them run as written."""
 
@@ -45,9 +50,11 @@ class Fallback:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.reason is not None:
                 return plain(*args, **kwargs)
+            before = _graph_breaks()
             try:
                 result = compiled(*args, **kwargs)
-                self.mind_breaks()
+                if _graph_breaks() > before:
+                    self.mind_breaks()
                 return result
             except (RuntimeError, FailOnRecompileLimitHit) as error:
                 if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
@@ -61,13 +68,13 @@ class Fallback:
 
     def mind_breaks(self) -> None:
         """Say, once, what the compiler left out: it runs that as written, and all of a recomputed layer, in silence."""
-        breaks = torch._dynamo.utils.counters["graph_break"]
-        if breaks and not self.broken:
+        if not self.broken:
             self.broken = True
+            reason = next(reversed(torch._dynamo.utils.counters["graph_break"]))
             logger.warning(
-                "model.compile: torch.compile took a layer in parts only, or not at all, which is slower and may take "
-                "more memory (%s); TORCH_LOGS=graph_breaks says where",
-                " ".join(str(next(iter(breaks))).split())[:200],
+                "model.compile: torch.compile took a function in parts only, or not at all, which is slower and may "
+                "take more memory (%s); TORCH_LOGS=graph_breaks says where",
+                " ".join(str(reason).split())[:200],
             )
 
     def give_up(self, error: Exception) -> None:

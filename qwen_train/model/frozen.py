@@ -2,10 +2,10 @@
 
     forward   y[T, O] = x[T, I] W[O, I]^T + bias        backward   dx[T, I] = dy[T, O] W[O, I]
 
-dense: W as it is; wide: with the columns of lora.py's `_wide_product` beside it. nf4: 4-bit NormalFloat in blocks of
-64, their scales in 8 bits (Dettmers et al. 2023, arXiv:2305.14314), written out once per use. fp8: e4m3 with one scale
-a row; x and dy are rounded row by row on the way in, and W lies in memory twice, since the tensor cores want the summed
-dimension to be contiguous.
+dense: W as it is; wide: with columns for the adapter's s B beside it (lora.py's `_extended`). nf4: 4-bit NormalFloat in
+blocks of 64, their scales in 8 bits (Dettmers et al. 2023, arXiv:2305.14314), written out once per use. fp8: e4m3 with
+one scale a row; x and dy are rounded row by row on the way in, and W lies in memory twice, since the tensor cores want
+the summed dimension to be contiguous.
 
 A form is a list of tensors and not a class, so that it can pass through an operation that torch.compile does not open.
 """

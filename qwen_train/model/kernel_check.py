@@ -142,13 +142,24 @@ def _checks(config: Any, quantization: str, rank: int, device: torch.device) -> 
 
     low, b, a = partial(draw, ROWS, 2 * rank), partial(draw, 2 * features, 2 * rank, scale=0.02), draw(rank, features)
     gate_up, grad = partial(draw, ROWS, 2 * features), draw(ROWS, features)
-    yield "swiglu", lambda: kernels.swiglu(gate_up())
+    wider = draw(ROWS, features + rank)[:, :features]  # training writes beside other columns, and in place
+    yield "swiglu", lambda: kernels.swiglu(gate_up(), out=wider).clone()
     yield "swiglu with adapters", lambda: kernels.swiglu(gate_up(), low(), b(), rank)
     yield "swiglu's backward", lambda: kernels.swiglu_backward(grad, gate_up())
-    yield "swiglu's backward with adapters", lambda: kernels.swiglu_backward(grad, gate_up(), draw(ROWS, rank), a)
+
+    def backward() -> Tensor:
+        whole = gate_up()
+        return kernels.swiglu_backward(grad, whole, draw(ROWS, rank), a, out=whole)
+
+    yield "swiglu's backward with adapters", backward
     heights = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     first, second = [draw(rank, hidden, dtype=torch.float32)] * 3, [draw(o, rank, dtype=torch.float32) for o in heights]
-    yield "round_adapters", lambda: kernels.round_adapters(first, second, 2.0, torch.bfloat16)
+    beside = draw(sum(heights), hidden + 3 * rank)[:, hidden:]
+
+    def rounded() -> list[Tensor]:
+        return [part.clone() for part in kernels.round_adapters(first, second, 2.0, torch.bfloat16, out=beside)]
+
+    yield "round_adapters", rounded
     x, weight = draw(ROWS, hidden), draw(hidden)
     yield "rms_norm", lambda: kernels.rms_norm(x, weight, 1e-6)
     scale = torch.rsqrt(x.float().pow(2).mean(dim=1) + 1e-6)

@@ -104,15 +104,17 @@ def _empty_low(x: Tensor, frozen: Sequence[Tensor], kind: str, a: Sequence[Tenso
 def _extended(x: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> Tensor:
     """[x | x A^T], to be multiplied with [W | s B], whose last columns are written here.
 
-    Without adapters x is extended by zeros, and the sum is not shorter: the reference then rounds as the policy does.
+    Without adapters both are zeros, and the sum is not shorter: the reference then rounds as the policy does.
     """
-    width = x.shape[1]
+    # `.data`: the columns of B are these operations' own, whoever reads them has written them, and no saved tensor's
+    # version should count them.
+    columns = weight.data[:, x.shape[1] :]
     if a:
-        # `.data`: the columns of B are these operations' own, and no saved tensor's version should count them.
-        stacked, _ = round_adapters(a, b, scale, x.dtype, out=weight.data[:, width:])
+        stacked, _ = round_adapters(a, b, scale, x.dtype, out=columns)
         low = x @ stacked.T
     else:
-        low = x.new_zeros(x.shape[0], weight.shape[1] - width)
+        columns.zero_()
+        low = x.new_zeros(x.shape[0], columns.shape[1])
     return torch.cat([x, low], dim=1)
 
 
@@ -182,6 +184,7 @@ def _empty_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the second output
     x, frozen, kind, a, b, scale, _ = inputs
     ctx.save_for_backward(*frozen, *a, *b, *([output[1]] if kind == "wide" else [x, output[1]]))
     ctx.in_features = x.shape[1]
@@ -255,12 +258,15 @@ def lora_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x[T, I] -> y[T, O] = down(silu(gate(x)) * up(x)), and with `keep` what Between names, empty without.
 
-    Without adapters y is bit for bit what adapters with B = 0 give.
+    Without adapters y is bit for bit what adapters with B = 0 give. The columns of B of a `wide` weight are written
+    anew, as lora_linear does.
     """
     wide = kind_down == "wide"
+    columns = frozen_down[0].data[:, out_features(frozen, kind, x.shape[1]) // 2 :] if wide else None
     down = None
+    if columns is not None and not a_down:
+        columns.zero_()
     if a_down:
-        columns = frozen_down[0].data[:, out_features(frozen, kind, x.shape[1]) // 2 :] if wide else None
         down = round_adapters(a_down, b_down, scale_down, x.dtype, out=columns)
     between = _between(x, frozen, kind, a, b, scale, frozen_down, kind_down, down[0] if down else None)
     y = forward_product(between.inner, frozen_down, "dense" if wide else kind_down, None)
@@ -401,6 +407,7 @@ def _(
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros as large as all that is kept
     x, frozen, kind, a, b, scale, frozen_down, kind_down, a_down, b_down, scale_down, keep = inputs
     kept = output[1:] if keep else ()
     lists = frozen, a, b, frozen_down, a_down, b_down, kept

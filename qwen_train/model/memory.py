@@ -33,7 +33,7 @@ EAGER = 1.5
 """Activations where transformers' own layers run uncompiled, as a share of compiled ones: norms keep fp32 copies."""
 RECOMPUTED_LAYER = 1.4
 """Working memory of a layer's recomputation with its gradients, as a share of the activations it would have kept; not
-where lora.py's feed-forward layer recomputes in place."""
+where it is lora.py's feed-forward layer, whose tensors are counted one by one (not measured on a GPU since)."""
 OVERHEAD_TOKENS = 550
 """Tokens in whose time a micro-batch's fixed cost lies: 18,447 tokens/s at 16,384 and 16,809 at 4,096 (H200, 7B)."""
 RECOMPUTATION_TIME = 0.35
@@ -214,7 +214,7 @@ def _adapter(config: SFTConfig, shape: Shape) -> int:
 
 
 def _is_fused(config: SFTConfig, shape: Shape) -> bool:
-    """Whether the feed-forward layers are lora.py's."""
+    """Whether the feed-forward layers are lora.py's; an adapter that is continued may be another than the config's."""
     lora = config.lora
     everywhere = shape.adapter(lora.r, lora.target_modules) == shape.adapter(lora.r, "all-linear")
     return lora.enabled and lora.dropout == 0 and not lora.use_dora and everywhere
@@ -244,10 +244,12 @@ def _working(
         head += matrix * (4 + size)  # the head's gradient, summed over chunks in fp32, then cast
     layer = tokens * size * (3 * shape.wide + 2 * shape.hidden)  # gradients of gate, up and their product
     if recomputed:
-        in_place = config.model.compile and _is_fused(config, shape)
-        layer = max(
-            layer, tokens * (kept + 3 * size * shape.hidden) if in_place else int(RECOMPUTED_LAYER * tokens * kept)
-        )
+        if not _is_fused(config, shape):
+            working = int(RECOMPUTED_LAYER * tokens * kept)
+        else:  # compiled, gate|up's gradient takes the place of gate|up, and that of h the place of h
+            in_place = config.model.compile
+            working = tokens * (kept + size * (3 * shape.hidden + (0 if in_place else 3 * shape.wide)))
+        layer = max(layer, working)
     if config.model.quantization == "nf4":  # gate|up, written out
         head, layer = head + 4 * shape.hidden * shape.wide, layer + 4 * shape.hidden * shape.wide
     last = 0
