@@ -118,8 +118,7 @@ def _extended(x: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor
     return torch.cat([x, low], dim=1)
 
 
-@torch.library.custom_op("qwen_train::lora_linear_backward", mutates_args=())
-def lora_linear_backward(
+def _linear_gradients(
     grad: Tensor,
     x: Tensor,
     low: Tensor,
@@ -134,7 +133,19 @@ def lora_linear_backward(
 
     Without `want_x` (the first layer, whose input is the embedding) the first is empty, and its product saved.
     """
-    return _linear_gradients(grad, x, low, frozen, kind, a, b, scale, want_x)
+    stacked, blocks = round_adapters(a, b, scale, grad.dtype)
+    grad_low = x.new_empty(low.shape)
+    for part, columns, matrix in _by_block(grad, grad_low, blocks, b):
+        torch.mm(part, matrix, out=columns)
+    if want_x:
+        grad_x = backward_product(grad, frozen, kind, x.shape[1])
+        grad_x.addmm_(grad_low, stacked)
+    else:
+        grad_x = x.new_empty(0)
+    return grad_x, product_fp32(grad_low.T, x), _gradients_of_b(grad, low, b, scale)
+
+
+lora_linear_backward = torch.library.custom_op("qwen_train::lora_linear_backward", _linear_gradients, mutates_args=())
 
 
 @lora_linear_backward.register_fake
@@ -150,29 +161,6 @@ def _(
     want_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(x, a, b, want_x)
-
-
-def _linear_gradients(
-    grad: Tensor,
-    x: Tensor,
-    low: Tensor,
-    frozen: Sequence[Tensor],
-    kind: str,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scale: float,
-    want_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stacked, blocks = round_adapters(a, b, scale, grad.dtype)
-    grad_low = x.new_empty(low.shape)
-    for part, columns, matrix in _by_block(grad, grad_low, blocks, b):
-        torch.mm(part, matrix, out=columns)
-    if want_x:
-        grad_x = backward_product(grad, frozen, kind, x.shape[1])
-        grad_x.addmm_(grad_low, stacked)
-    else:
-        grad_x = x.new_empty(0)
-    return grad_x, product_fp32(grad_low.T, x), _gradients_of_b(grad, low, b, scale)
 
 
 def _empty_gradients(
@@ -388,20 +376,9 @@ def lora_mlp_backward(
 
 @lora_mlp_backward.register_fake
 def _(
-    grad: Tensor,
-    x: Tensor,
-    kept: Sequence[Tensor],
-    frozen: Sequence[Tensor],
-    kind: str,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scale: float,
-    frozen_down: Sequence[Tensor],
-    kind_down: str,
-    a_down: Sequence[Tensor],
-    b_down: Sequence[Tensor],
-    scale_down: float,
+    _grad: Tensor, x: Tensor, _kept: Any, _frozen: Any, _kind: str, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, a_down, b_down, _ = rest
     grad_a_down, grad_b_down = (torch.empty_like(matrix, dtype=torch.float32) for matrix in (a_down[0], b_down[0]))
     return *_empty_gradients(x, a, b, True), grad_a_down, grad_b_down
 
