@@ -34,6 +34,7 @@ def build(
     lora_on: bool = True,
     device: str = "cpu",
     rank: int = 8,
+    dropout: float = 0.0,
     **model: Any,
 ) -> PackedLM:
     """The tiny model with a trained-looking adapter; its feed-forward is widened, so that gate|up is stored `wide`."""
@@ -49,7 +50,7 @@ def build(
             SFTConfig(
                 model=ModelConfig(path=str(TINY), from_scratch=True, dtype=dtype, **settings),
                 data=DataConfig(train="x"),
-                lora=LoraConfig(enabled=lora_on, r=rank),
+                lora=LoraConfig(enabled=lora_on, r=rank, dropout=dropout),
             ),
             load_tokenizer(ModelConfig(path=str(TINY))),
             torch.device(device),

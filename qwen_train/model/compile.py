@@ -110,21 +110,22 @@ class DecoderLayers:
         """Make `count` of the layers, evenly spread, recompute their activations in backward, and the others not.
 
         The recomputation lies inside the compiled layer, so that it computes no more than backward needs. With dropout
-        the generator's state is kept for it: accelerate's own FSDP2 checkpointing does not, and then backward sees
-        other masks than forward did.
+        it lies around it, for which torch 2.11 finds no graph, and the generator's state is kept for it: accelerate's
+        own FSDP2 checkpointing does not, and then backward sees other masks than forward did.
         """
         total = len(self.layers)
         chosen = {index * total // count for index in range(count)} if count < total else set(range(total))
         for index, (layer, forward) in enumerate(zip(self.layers, self.plain, strict=True)):
+            inside, around = index in chosen and not self.dropout, index in chosen and self.dropout
             module: Any
             for module in layer.modules():
                 if hasattr(module, "recomputed"):  # lora.py's feed-forward layer recomputes in an operation of its own
-                    module.recomputed = index in chosen
-            if index in chosen:
-                forward = _recomputing(forward, preserve_rng_state=self.dropout)
+                    module.recomputed = inside
+            if inside:
+                forward = _with_own_code(_recomputing(forward, preserve_rng_state=False), forward)
             if self.compiled:
                 forward = self.fallback.guard(_with_dynamic_lengths(torch.compile(forward)), forward)
-            layer.forward = forward
+            layer.forward = _recomputing(forward, preserve_rng_state=True) if around else forward
 
 
 def _configure_compiler() -> None:
@@ -158,7 +159,7 @@ def _with_dynamic_lengths(forward: Forward) -> Forward:
     return call
 
 
-def _recomputing(forward: Forward, preserve_rng_state: bool) -> Forward:
+def _recomputing(forward: Forward, preserve_rng_state: bool) -> FunctionType:
     def recomputing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(hidden_states, *args, **kwargs)
@@ -166,15 +167,19 @@ def _recomputing(forward: Forward, preserve_rng_state: bool) -> Forward:
             forward, hidden_states, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
         )
 
-    code = _own_code(recomputing.__code__, getattr(forward, "__func__", forward))
-    return FunctionType(code, recomputing.__globals__, recomputing.__name__, None, recomputing.__closure__)
+    return recomputing
 
 
-@cache
-def _own_code(code: CodeType, function: Forward) -> CodeType:
-    """A copy of `code` for all layers that run `function`.
+def _with_own_code(wrapper: FunctionType, forward: Forward) -> FunctionType:
+    """`wrapper`, whose code it shares with those of the layers that run the same `forward` alone.
 
     torch keeps compiled graphs by code, and torch 2.11 does not look which function a wrapper calls: the last layer's
     graph, which returns some rows only, would serve the other layers too.
     """
+    code = _own_code(wrapper.__code__, getattr(forward, "__func__", forward))
+    return FunctionType(code, wrapper.__globals__, wrapper.__name__, None, wrapper.__closure__)
+
+
+@cache
+def _own_code(code: CodeType, function: Forward) -> CodeType:
     return code.replace()

@@ -50,7 +50,7 @@ from qwen_train.train.optim import build_optimizer
 from qwen_train.train.reference import score_pairs, sequence_sums
 
 DEFAULTS = {
-    "tokens": 16384,
+    "tokens": 18432,
     "checkpoint": 0,
     "quantization": "none",
     "rank": 64,

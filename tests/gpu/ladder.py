@@ -51,7 +51,7 @@ WHERE = [
     Row("fp8, all tokens supervised", "sft:sequences=64,steps=6,quantization=fp8", "TRL SFT", 30),
     Row("NF4", f"sft:{ASSISTANT},quantization=nf4", None, 40),
     Row("NF4, all tokens supervised", "sft:sequences=64,steps=6,quantization=nf4", "TRL QLoRA", 35),
-    Row("DPO, reference online", "dpo:steps=6", "TRL DPO", 50),
+    Row("DPO, reference online", "dpo:steps=8", "TRL DPO", 50),
     Row(
         "NF4, recomputed",
         "sft:sequences=32,steps=5,tokens=7168,chunk=1024,checkpoint=28,quantization=nf4",
@@ -61,8 +61,8 @@ WHERE = [
 ]
 # Small micro-batches: new lengths meet kernels of the products that were not loaded yet, for some ten steps.
 MORE = [
-    Row("DPO, fp8", "dpo:steps=6,quantization=fp8"),
-    Row("DPO, reference looked up", "dpo:steps=6,reference=precomputed"),
+    Row("DPO, fp8", "dpo:steps=8,quantization=fp8"),
+    Row("DPO, reference looked up", "dpo:steps=8,reference=precomputed"),
     Row("bf16 within 40 GiB", "sft:sequences=32,steps=14,warm=10,tokens=4096,chunk=2048,supervise=assistant", None, 30),
     Row("bf16 within 20 GiB, recomputed", "sft:sequences=32,steps=6,tokens=6144,chunk=1024,checkpoint=28", None, 30),
     Row("full training, adamw_8bit", "sft:sequences=64,steps=4,warm=2,full=True,optim=adamw_8bit,tokens=8192"),
