@@ -1,6 +1,6 @@
 """The ladder: where we stand, each technique, loss curves, rounding errors and a peer, in one call on the same files.
 
-    python tests/gpu/ladder.py --model DIR --sft sft.jsonl --dpo dpo.jsonl --out DIR [--peer FILE] [SECTION ...]
+    python tests/gpu/ladder.py --model DIR --sft sft.jsonl --dpo dpo.jsonl --out DIR [--peer FILE] [--only TEXT] [SECTION ...]
 
 `--model`, `--sft`, `--dpo`: as of bench.py. `--peer`: a script that takes the options of TRL's peer (`sft|dpo --model
 --data --bs --steps --warm ...`) and prints one JSON line; random weights are written for it to `--scratch`. Sections,
@@ -51,7 +51,7 @@ WHERE = [
     Row("fp8, all tokens supervised", "sft:sequences=64,steps=6,quantization=fp8", "TRL SFT", 30),
     Row("NF4", f"sft:{ASSISTANT},quantization=nf4", None, 40),
     Row("NF4, all tokens supervised", "sft:sequences=64,steps=6,quantization=nf4", "TRL QLoRA", 35),
-    Row("DPO, reference online", "dpo:steps=8", "TRL DPO", 50),
+    Row("DPO, reference online", "dpo:steps=12", "TRL DPO", 75),
     Row(
         "NF4, recomputed",
         "sft:sequences=32,steps=5,tokens=7168,chunk=1024,checkpoint=28,quantization=nf4",
@@ -111,10 +111,10 @@ CURVE_LAYERS = 4
 PEER = {
     "TRL SFT": "sft --bs 8 --packing --liger --attn varlen --no_ckpt",
     "TRL SFT, answers only": "sft --bs 8 --packing --liger --attn varlen --no_ckpt --assistant_only",
-    "TRL DPO": "dpo --bs 4 --no_ckpt",
+    "TRL DPO": "dpo --bs 4 --no_ckpt --steps 20",  # 20 pairs, as in 9 steps, are few: their lengths differ
     "TRL QLoRA": "sft --bs 8 --packing --liger --attn varlen --qlora",
 }
-PEER_SECONDS = 60
+PEER_SECONDS = 60  # DPO takes 80
 
 
 class Ladder:
@@ -144,7 +144,7 @@ class Ladder:
 
     def cases(self, section: str, rows: list[Row], model: str | None = None) -> None:
         for row in rows:
-            if not self.has_time(row.label, row.seconds):
+            if self.args.only not in row.label or not self.has_time(row.label, row.seconds):
                 continue
             arguments = argparse.Namespace(**vars(self.args) | {"label": row.case, "model": model or self.args.model})
             begin = time.monotonic()
@@ -196,16 +196,15 @@ class Ladder:
     def peer(self) -> None:
         weights = Path(self.args.scratch) / "peer_model"
         for label, options in PEER.items():
-            if self.args.peer is None or not self.has_time(label, PEER_SECONDS):
+            if self.args.peer is None or self.args.only not in label or not self.has_time(label, PEER_SECONDS):
                 continue
             if not (weights / "config.json").exists():
                 write_weights(self.args.model, weights)
             data = self.args.dpo if options.startswith("dpo") else self.args.sft
-            command = [sys.executable, self.args.peer, *options.split(), "--model", str(weights), "--data", data]
+            command = [sys.executable, self.args.peer, "--steps", "9", "--warm", "4", *options.split()]
+            command += ["--model", str(weights), "--data", data]
             begin = time.monotonic()
-            done = subprocess.run(
-                [*command, "--steps", "9", "--warm", "4"], capture_output=True, text=True, env=os.environ, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
             lines = [line for line in done.stdout.splitlines() if line.startswith("{") and '"peer"' in line]
             if done.returncode or not lines:
                 self.add("peer", label, error=(done.stderr or done.stdout)[-600:])
@@ -300,12 +299,14 @@ def with_config(args: argparse.Namespace, name: str, **fields: Any) -> str:
 def write_weights(model: str, folder: Path) -> None:
     """Random bf16 weights for a peer, which wants a checkpoint, with the tokenizer beside."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
     lm.save_pretrained(folder)
     for path in Path(model).iterdir():
         if not (folder / path.name).exists():
             (folder / path.name).write_bytes(path.read_bytes())
+    del lm
+    bench.clear()  # the peer is another process, and wants the whole card
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +384,7 @@ def main() -> None:
     for name in ("model", "sft", "dpo", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--peer")
+    parser.add_argument("--only", default="", help="the cases whose label holds this")
     parser.add_argument("--scratch", default="/tmp/ladder")
     parser.add_argument("--seconds", type=float, default=520)
     parser.add_argument("--dtype", default="bfloat16")
