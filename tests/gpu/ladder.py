@@ -1,6 +1,7 @@
 """The ladder: where we stand, each technique, loss curves, rounding errors and a peer, in one call on the same files.
 
-    python tests/gpu/ladder.py --model DIR --sft sft.jsonl --dpo dpo.jsonl --out DIR [--peer FILE] [--only TEXT] [SECTION ...]
+    python tests/gpu/ladder.py --model DIR --sft sft.jsonl --dpo dpo.jsonl --out DIR [--peer FILE] [--only TEXT]
+        [SECTION ...]
 
 `--model`, `--sft`, `--dpo`: as of bench.py. `--peer`: a script that takes the options of TRL's peer (`sft|dpo --model
 --data --bs --steps --warm ...`) and prints one JSON line; random weights are written for it to `--scratch`. Sections,
