@@ -33,7 +33,7 @@ EAGER = 1.5
 """Activations where transformers' own layers run uncompiled, as a share of compiled ones: norms keep fp32 copies."""
 RECOMPUTED_LAYER = 1.4
 """Working memory of a layer's recomputation with its gradients, as a share of the activations it would have kept; not
-where it is lora.py's feed-forward layer, whose tensors are counted one by one (not measured on a GPU since)."""
+where it is lora.py's feed-forward layer, whose tensors are counted one by one."""
 OVERHEAD_TOKENS = 550
 """Tokens in whose time a micro-batch's fixed cost lies: 18,447 tokens/s at 16,384 and 16,809 at 4,096 (H200, 7B)."""
 RECOMPUTATION_TIME = 0.35
