@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_train.data import stream as stream_module
 from qwen_train.data.packing import TENSOR_FIELDS, Batch, pack_sequences
 from qwen_train.data.stream import (
     MicroBatches,
@@ -28,6 +29,8 @@ from qwen_train.data.stream import (
     plan_microbatches,
     prefetch,
 )
+from qwen_train.train import evaluate
+from qwen_train.train.evaluate import HeldOut
 
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(2, 40, 101)
@@ -283,6 +286,71 @@ def test_plans_are_complete_within_budget_and_even(lengths, budget, world_size):
     assert fewest <= len(plan) <= 2 * fewest  # with half of each micro-batch empty the greedy cannot fail
 
 
+def plan_by_ones(lengths: np.ndarray, budget: int, world_size: int) -> list[list[int]]:
+    """The smallest number of micro-batches by which the greedy fits, found by trying every one: how resumed runs cut
+    the steps they have trained."""
+    count = world_size * max(1, -(-int(lengths.sum()) // (budget * world_size)))
+    while True:
+        bins, tokens = [[] for _ in range(count)], [0] * count
+        for member in np.argsort(-lengths, kind="stable").tolist():
+            index = tokens.index(min(tokens))
+            bins[index].append(member)
+            tokens[index] += int(lengths[member])
+        if max(tokens) <= budget:
+            return [sorted(bins[index]) for index in sorted(range(count), key=lambda index: (-tokens[index], index))]
+        count += world_size
+
+
+def lists(plan) -> list[list[int]]:
+    return [members.tolist() for members in plan]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120), st.integers(1, 5))
+def test_a_step_is_cut_by_the_smallest_number_that_fits(lengths, budget, world_size):
+    lengths = np.array(lengths, dtype=np.int64)
+    assert lists(plan_microbatches(lengths, budget, world_size)) == plan_by_ones(lengths, budget, world_size)
+
+
+def near_budget(num_rows: int, shape: str) -> np.ndarray:
+    """Lengths of which a budget of 2,048 tokens holds one, two, or one to a few."""
+    rng = np.random.default_rng(num_rows)
+    if shape == "log-normal":
+        return np.clip(rng.lognormal(6.3, 0.9, num_rows).astype(np.int64), 1, 2048)
+    return rng.integers(
+        *{"over half": (1025, 2049), "under half": (900, 1024), "over a third": (700, 800)}[shape], num_rows
+    )
+
+
+SHAPES = ["log-normal", "over half", "under half", "over a third"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_hundred_micro_batches_a_rank_are_cut_by_the_smallest_number(shape):
+    lengths = near_budget(390, shape)
+    expected = plan_by_ones(lengths, 2048, 2)
+    assert 140 < len(expected) <= 400
+    assert lists(plan_microbatches(lengths, 2048, 2)) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_plan_of_a_whole_data_set_takes_few_attempts(shape, world_size, monkeypatch):
+    """One by one from the sum of the tokens on, the rows over half the budget alone take 5,000 attempts and minutes."""
+    counts: list[int] = []
+    spread = stream_module._spread_greedily
+    monkeypatch.setattr(stream_module, "_spread_greedily", lambda *args: (counts.append(args[-1]), spread(*args))[1])
+    lengths = near_budget(20_000, shape)
+    plan = plan_microbatches(lengths, 2048, world_size)
+    assert len(counts) <= 80 and counts[-1] == len(plan), counts
+    assert all(after - before <= max(world_size, before / 100) for before, after in itertools.pairwise(counts))
+    assert len(plan) % world_size == 0
+    assert np.array_equal(np.sort(np.concatenate(plan)), np.arange(20_000))
+    assert max(int(lengths[members].sum()) for members in plan) <= 2048
+    if shape == "over half":
+        assert len(plan) == 20_000 and len(counts) == 1
+
+
 def test_every_rank_gets_as_many_micro_batches_of_like_size():
     ranks = [make(world_size=4, rank=rank, sequences_per_step=32) for rank in range(4)]
     for step in range(20):
@@ -324,8 +392,6 @@ def test_a_row_longer_than_a_micro_batch_is_refused_with_its_length():
     lengths[17] = 65
     with pytest.raises(ValueError, match=r"row 17 .* 65 tokens.* only 64; raise batch\.tokens_per_microbatch to 65"):
         make(lengths=lengths)
-    with pytest.raises(ValueError, match="row 17"):
-        next(eval_batches(lengths=lengths, collate=collate, tokens_per_microbatch=64))
     make(lengths=lengths, tokens_per_microbatch=65)
 
 
@@ -352,18 +418,24 @@ def test_a_step_costs_the_same_on_a_thousand_and_a_million_rows():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_holds_every_row_once_over_all_ranks(world_size):
+    plan = plan_microbatches(LENGTHS, 64, world_size)
+
     def batches(rank: int) -> list[Batch]:
-        return list(
-            eval_batches(
-                lengths=LENGTHS, collate=collate, tokens_per_microbatch=64, rank=rank, world_size=world_size
-            )
-        )  # fmt: skip
+        return list(eval_batches(plan=plan, collate=collate, rank=rank, world_size=world_size))
 
     ranks = [batches(rank) for rank in range(world_size)]
     assert sorted(row for rank in ranks for batch in rank for row in batch.rows) == list(range(101))
     assert len({len(rank) for rank in ranks}) == 1
     assert all(batch.num_tokens <= 64 for rank in ranks for batch in rank)
     assert [batch.rows for batch in batches(0)] == [batch.rows for batch in ranks[0]]
+
+
+def test_evaluations_plan_once(monkeypatch):
+    held_out = HeldOut(LENGTHS, collate, 64, prompts=[], answers=[], max_new_tokens=1)
+    plan = held_out.plan(2)
+    assert lists(plan) == lists(plan_microbatches(LENGTHS, 64, 2))
+    monkeypatch.setattr(evaluate, "plan_microbatches", None)
+    assert held_out.plan(2) is plan
 
 
 # ---- from the tokenised data set ----
@@ -554,13 +626,14 @@ def test_workers_end_with_the_loop_and_when_it_raises():
 
 def test_workers_run_one_thread_and_leave_signals_to_the_main_process():
     def report(rows) -> Batch:
-        ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT)]
-        return pack_sequences([(np.array([os.getpid(), torch.get_num_threads(), *ignored]), np.zeros(4))], rows[:1])
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        ignored = [signal.getsignal(number) == signal.SIG_IGN for number in numbers]
+        return pack_sequences([(np.array([os.getpid(), torch.get_num_threads(), *ignored]), np.zeros(5))], rows[:1])
 
     stream = make(collate=report)
     seen = [batch.input_ids.tolist() for _, share in prefetch(stream, range(6), 2) for batch in share]
     assert len({pid for pid, *_ in seen} - {os.getpid()}) == 2
-    assert all(rest == [1, 1, 1] for _, *rest in seen)
+    assert all(rest == [1, 1, 1, 1] for _, *rest in seen)
 
 
 def test_a_long_run_of_many_micro_batches_holds_no_file_descriptors():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.data.chat import Template
-from qwen_train.data.stream import Collate, collate_preferences, eval_batches, packed_lengths
+from qwen_train.data.stream import Collate, collate_preferences, eval_batches, packed_lengths, plan_microbatches
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import LossConfig, Pairs, metric_sums, metrics_from_sums, preference_loss
 from qwen_train.model.memory import microbatch_tokens
@@ -39,6 +39,13 @@ class HeldOut:
     answers: Sequence[list[int]]
     """The expected last answers, end token included."""
     max_new_tokens: int
+    _plans: "dict[int, list[IntArray]]" = field(default_factory=dict)
+
+    def plan(self, world_size: int) -> "list[IntArray]":
+        """Rows of each micro-batch (`plan_microbatches`); made once, for all evaluations."""
+        if world_size not in self._plans:
+            self._plans[world_size] = plan_microbatches(self.lengths, self.tokens_per_microbatch, world_size)
+        return self._plans[world_size]
 
 
 def hold_out(data: TokenDataset, collate: Collate, template: Template, config: SFTConfig) -> HeldOut:
@@ -60,9 +67,8 @@ def _in_evaluation(run: Run, model: PackedLM, held_out: HeldOut) -> Iterator["Ba
     """
     with evaluating(model):
         for batch in eval_batches(
-            lengths=held_out.lengths,
+            plan=held_out.plan(run.world_size),
             collate=held_out.collate,
-            tokens_per_microbatch=held_out.tokens_per_microbatch,
             rank=run.rank,
             world_size=run.world_size,
         ):
