@@ -42,7 +42,7 @@ def base_model(tied: bool = False) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=1024, eos_token_id=1021, pad_token_id=1019, tie_word_embeddings=tied,
+        vocab_size=1024, eos_token_id=765, pad_token_id=763, tie_word_embeddings=tied,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).eval()
 
@@ -207,8 +207,28 @@ def test_a_full_model_loads_plainly(tmp_path, tokenizer, tied, shard_size, monke
     assert torch.equal(logits(loaded.eval()), logits(model))
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["tie_word_embeddings"] is tied
-    assert config["eos_token_id"] == 1021
+    assert config["eos_token_id"] == 765
     assert os.fspath(tmp_path) not in json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(763, [765, 763]), (None, 765), ([763, 3], [765, 763, 3]), ([765, 763], [765, 763])]
+)
+def test_generation_ends_where_a_turn_does(tmp_path, before, after):
+    """A base model and its tokenizer end at <|endoftext|> alone: what learnt <|im_end|> would run past it."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.eos_token = "<|endoftext|>"
+    model = base_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = before
+    write_full_model(tmp_path / "model", model, None, tokenizer)
+    write_adapter(tmp_path / "adapter", adapted(base_model()), None, tokenizer, "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert (loaded.generation_config.eos_token_id, loaded.config.eos_token_id) == (after, after)
+    for folder in ("model", "adapter"):
+        assert AutoTokenizer.from_pretrained(tmp_path / folder).eos_token == "<|im_end|>"
+    assert (tokenizer.eos_token, model.config.eos_token_id) == ("<|endoftext|>", before), "the run's own stay"
+    assert "eos_token_id=tokenizer.eos_token_id" in card_of(tmp_path)
+    assert "eos_token_id" not in card_of(tmp_path, kind="full")
 
 
 def test_fp32_masters_are_stored_in_bf16(tmp_path, tokenizer):
@@ -290,11 +310,20 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
     assert data["datasets"] == ["org/pairs-v1.5"]
 
 
+def test_a_cards_metrics_are_numbers(tmp_path):
+    """Though `token` in a name is a secret's elsewhere."""
+    values = {"eval/mean_token_accuracy": 0.5, "eval/logps/chosen_per_token": -1.25, "eval/loss": None}
+    lines = card_of(tmp_path, metrics=values, facts={"api token": "x"}).splitlines()
+    table = {"mean_token_accuracy | 0.5", "logps/chosen_per_token | -1.25", "loss | -"}
+    assert {f"| eval/{row} |" for row in table} <= {*lines} and "| api token | (redacted) |" in lines
+
+
 @pytest.mark.parametrize(("r", "allowed"), [(64, 64), (8, 8), (96, 128), (4, 8), (257, 320)])
 def test_the_serving_command_names_a_rank_that_vllm_takes(tmp_path, r, allowed):
     text = card_of(tmp_path, lora={"r": r, "use_dora": False}, weights="adapter")
     command = (
-        f"vllm serve Qwen/Qwen2.5-7B-Instruct --enable-lora --max-lora-rank {allowed} --lora-modules dpo-run=adapter"
+        f"vllm serve Qwen/Qwen2.5-7B-Instruct --tokenizer adapter --enable-lora --max-lora-rank {allowed} "
+        "--lora-modules dpo-run=adapter"
     )
     assert command in text.splitlines()
     assert (f"rank is {r}" in text) == (r != allowed)

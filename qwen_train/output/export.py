@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qwen_train.model.load import FAMILIES
 from qwen_train.train.files import replacing_folder, write_bytes_atomic, write_file, write_tensors
 
 MAX_SHARD_SIZE = "5GB"
@@ -63,7 +64,7 @@ def write_adapter(
     with replacing_folder(folder) as temporary:
         write_tensors(temporary / "adapter_model.safetensors", {name: t.detach() for name, t in tensors.items()})
         config.save_pretrained(str(temporary))
-        write_tokenizer(temporary, tokenizer)
+        write_tokenizer(temporary, tokenizer, peft_model.get_base_model().config.model_type)
         if card is not None:
             write_file(temporary / "README.md", [card.encode()])
 
@@ -80,6 +81,7 @@ def write_full_model(
 
     `state_dict`: all tensors (gathered, if they are sharded) under the model's own names; None takes those of `model`.
     A head that is tied to the embedding is left out, as transformers does. `dtype`: store floating tensors as.
+    Generation ends at the token that ends a turn, and at what ended it before: a base model knows <|endoftext|> alone.
     """
     expected = dict(model.state_dict())
     tensors = dict(expected if state_dict is None else state_dict)
@@ -93,6 +95,9 @@ def write_full_model(
         config.dtype = dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    generation: Any = copy.deepcopy(model.generation_config)
+    for written in filter(None, (config, generation)):
+        written.eos_token_id = _ending(written.eos_token_id, tokenizer, config.model_type)
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     with replacing_folder(folder) as temporary:
         for file_name, names in split.filename_to_tensors.items():
@@ -102,14 +107,26 @@ def write_full_model(
             text = json.dumps(index, indent=2, sort_keys=True).encode()
             write_file(temporary / "model.safetensors.index.json", [text])
         config.save_pretrained(str(temporary))
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(str(temporary))
-        write_tokenizer(temporary, tokenizer)
+        if generation is not None:
+            generation.save_pretrained(str(temporary))
+        write_tokenizer(temporary, tokenizer, config.model_type)
 
 
-def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the tokenizer's files and chat_template.jinja into an existing folder."""
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, model_type: str) -> None:
+    """Write the tokenizer's files and chat_template.jinja into an existing folder; its eos is what ends a turn."""
+    if tokenizer.eos_token != FAMILIES[model_type]:  # a base model's
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.eos_token = FAMILIES[model_type]
     tokenizer.save_pretrained(str(folder))
+
+
+def _ending(ids: int | list[int] | None, tokenizer: PreTrainedTokenizerBase, model_type: str) -> int | list[int]:
+    """Ids that end generation: those that did, and first the one that ends a turn, which training teaches."""
+    end: Any = tokenizer.convert_tokens_to_ids(FAMILIES[model_type])
+    before = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if end in before:
+        return ids  # type: ignore[return-value]  # as it was
+    return [end, *before] if before else end
 
 
 def _adapter_tensors(
@@ -186,7 +203,8 @@ def model_card(
         front["datasets"] = hub_datasets
     made = {"adapter": "A LoRA adapter for", "merged": "A LoRA adapter merged into", "full": "A fine-tuned version of"}
     rows = {**facts, "data": ", ".join(map(shown_path, datasets)) or "-"}
-    numbers = {key: "-" if value is None else f"{value:.6g}" for key, value in metrics.items()}
+    # Texts under such names as mean_token_accuracy would be taken for secrets; numbers are not.
+    numbers = {key: "-" if value is None else f"{value:.6g}" for key, value in redacted(metrics).items()}
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {title}",
@@ -196,7 +214,7 @@ def model_card(
         "## Serve with vLLM",
         _serving(kind, base, weights, title, lora),
         "## Training",
-        _table(("Fact", "Value"), rows),
+        _table(("Fact", "Value"), redacted(rows)),
         "## Metrics",
         _table(("Metric", "Value"), numbers) if numbers else "None were taken.",
         "## Config",
@@ -225,7 +243,7 @@ def _loading(kind: CardKind, base: str, weights: str) -> str:
         "inputs = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
         ").to(model.device)",
-        "answer = model.generate(**inputs, max_new_tokens=256)",
+        f"answer = model.generate(**inputs, max_new_tokens=256{', eos_token_id=tokenizer.eos_token_id' * adapter})",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```",
     ]
@@ -243,14 +261,17 @@ def _serving(kind: CardKind, base: str, weights: str, title: str, lora: Mapping[
     rank = next((value for value in VLLM_RANKS if value >= r), None)
     if rank is None:
         return f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this one is {r}: merge it with `python launch/merge.py`."
-    command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {served}={weights}"
+    command = (
+        f"vllm serve {base} --tokenizer {weights} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {served}={weights}"
+    )
     note = "" if rank == r else f"\n\nThe adapter's rank is {r}; of the ranks that vLLM takes, {rank} is the next."
     return f"```bash\n{command}\n```{note}"
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
-    for name, value in redacted(rows).items():
+    for name, value in rows.items():
         cell = str(value).replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {name} | {cell} |")
     return "\n".join(lines)
