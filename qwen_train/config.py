@@ -181,7 +181,7 @@ class DataConfig:
     """Training rows: a file (.jsonl, .json, .parquet), a `datasets` folder or a hub id; or a list of them, where
     `path: weight` shows that source's rows `weight` times an epoch (0: never)."""
     eval: DataPaths | None = None
-    """Held-out rows, as `train`."""
+    """Held-out rows: a path or a list, as `train`, each row scored once (`path: 0` leaves a path out)."""
     eval_sft: DataPaths | None = None
     """DPO: held-out conversations whose loss and right answers are measured beside the pairs, as a guard of skills."""
     format: str = "auto"
@@ -556,17 +556,15 @@ def _shortened(line: str) -> str:
 
 
 def _load_config(config_class: type[Config], argv: list[str], embedded: bool) -> tuple[Config, list[str]]:
-    files = [Path(path) for path in _values_of(argv, "--config")]
-    by_default = not files and embedded
-    if by_default:
-        files = [EMBEDDED[config_class]]
-        argv = ["--config", str(files[0]), *argv]
+    named, argv = _config_apart(argv)
+    by_default = not named and embedded
+    files = [EMBEDDED[config_class]] if by_default else [Path(path) for path in named]
     in_files = set().union(*(_file_keys(path, config_class) for path in files)) if files else set()
     options = [word.split("=")[0].removesuffix("+")[2:] for word in argv if word.startswith("--")]
     on_command_line = {option for option in options if "." in option}
     for section in _sections(config_class).keys() & set(options):
         raise ValueError(f"{section}: is a section; give its fields, as --{section}.field value, or a file as --config")
-    config = _parsed(config_class, _one_length(argv, in_files, on_command_line), files)
+    config = _parsed(config_class, files, _one_length(argv, in_files, on_command_line))
     notices: list[str] = []
     if files and files[0] == EMBEDDED[config_class]:
         config = _from_repository(config)
@@ -582,11 +580,12 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
     return config, notices + _judge_idle(config, on_command_line, in_files)
 
 
-def _parsed(config_class: type[Config], argv: Sequence[str], files: Sequence[Path]) -> Config:
-    """What jsonargparse makes of a command line with its files. Raises ValueError in one line."""
+def _parsed(config_class: type[Config], files: Sequence[Path], argv: Sequence[str]) -> Config:
+    """What jsonargparse makes of files and, over them, a command line. Raises ValueError in one line."""
     parser = build_parser(config_class)
     try:
-        namespace = parser.parse_args(argv)
+        # It reads from left to right, and a file overrides what stands before it.
+        namespace = parser.parse_args([*(f"--config={path}" for path in files), *argv])
         fields = parser.instantiate(namespace).as_dict()
     except (argparse.ArgumentError, TypeError, yaml.YAMLError) as error:
         raise ValueError(_one_line(str(error), config_class)) from None
@@ -657,9 +656,19 @@ def load_for_tool(options: argparse.Namespace, others: Sequence[str]) -> tuple[K
     return task, config, warnings
 
 
-def _values_of(argv: Sequence[str], option: str) -> list[str]:
-    following = [after for word, after in itertools.pairwise(argv) if word == option]
-    return following + [word.split("=", 1)[1] for word in argv if word.startswith(f"{option}=")]
+def _config_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of `--config` in their order, and all other words."""
+    named, others = [], []
+    words = iter(argv)
+    for word in words:
+        value = next(words, None) if word == "--config" else None
+        if value is not None:
+            named.append(value)
+        elif word.startswith("--config="):
+            named.append(word.removeprefix("--config="))
+        else:
+            others.append(word)
+    return named, others
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -184,6 +184,23 @@ def test_later_files_and_the_command_line_win(tmp_path: Path):
     assert (config.optim.lr, config.run.epochs, config.run.steps) == (5e-5, None, 3)
 
 
+def test_the_command_line_wins_wherever_it_stands(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("data: {train: a.jsonl}\noptim: {lr: 1.0e-3}\nlora: {r: 4}\n")
+    (tmp_path / "b.yaml").write_text("optim: {lr: 1.0e-4}\nlora: {r: 8}\nrun: {epochs: 2}\n")
+    a, b = (str(tmp_path / name) for name in ("a.yaml", "b.yaml"))
+    orders = [
+        ["--optim.lr", "5e-5", "--run.steps=3", f"--config={a}", "--config", b],
+        ["--optim.lr=5e-5", "--config", a, "--run.steps", "3", f"--config={b}"],
+    ]
+    for argv in orders:
+        config, _ = load_config(SFTConfig, argv)
+        assert (config.optim.lr, config.run.steps, config.run.epochs) == (5e-5, 3, None)
+        assert config.lora.r == 8 and config.data.train == "a.jsonl"  # the later file over the earlier one
+        assert config.run.name is not None and config.run.name.startswith("b-")
+    with pytest.raises(ValueError, match="--config"):
+        load_config(SFTConfig, ["--optim.lr=5e-5", "--config"])
+
+
 def test_help_shows_docstrings_and_units():
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
