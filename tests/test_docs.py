@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,31 @@ def test_scripts_of_the_readme_are_all_of_them():
     assert {f"launch/{path.name}" for path in (ROOT / "launch").glob("*.py")} == set(
         re.findall(r"launch/\w+\.py", words)
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "starts_again"),
+    [
+        ({"outcome": "interrupted"}, True),
+        ({"outcome": "failed"}, True),
+        ({"outcome": "running"}, True),
+        ({"outcome": "finished"}, False),
+        ({"outcome": "refused"}, False),
+        (None, False),  # refused before it began, which leaves no folder behind
+    ],
+)
+def test_slurm_starts_again_what_can_go_on(status: dict[str, str] | None, starts_again: bool, tmp_path: Path):
+    """The script from the end of its srun on, with a scontrol that leaves its words in a file."""
+    (script,) = (body for body in fences(text_of("docs/machines.md"), "") if "#SBATCH" in body)
+    after = script[script.index("folder=") :]
+    if status is not None:
+        folder = tmp_path / after.split("\n")[0].removeprefix("folder=")
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text(json.dumps(status))
+    shell = 'scontrol() { echo "$@" > asked; }\nSLURM_JOB_ID=7\n' + f'python() {{ {sys.executable} "$@"; }}\n' + after
+    subprocess.run(["bash", "-c", shell], cwd=tmp_path)
+    asked = tmp_path / "asked"
+    assert (asked.read_text() == "requeue 7\n") if starts_again else not asked.exists()
 
 
 # --- example rows, tables ---------------------------------------------------------------------------------------------
