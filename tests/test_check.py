@@ -719,6 +719,7 @@ def test_exit_codes(tmp_path):
         (["--data.max_lenght", "3"], "max_lenght"),
         (["--data.max_length", "1"], "data.max_length"),
         (["--data.format", "csv"], "data.format"),
+        (["--data.eval", "[{{configs/tiny/sft_eval.jsonl: 3}}]"], "data.eval: the weight of"),
         (["--model.path", "nowhere/at/all"], "model.path"),
         (["--task", "sft", "--loss.beta", "0.1"], "loss.beta"),
         (["--dump", "no/such/folder/x.jsonl"], "--dump"),

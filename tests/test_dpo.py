@@ -361,6 +361,8 @@ def test_a_bad_pair_is_named_with_file_and_line(kind: str, tmp_path: Path, scrip
         (("--model.from_scratch", "true"), "random weights are not the base of an adapter"),
         (("--reference.source", "start_adapter"), "start_adapter is for training that continues an adapter"),
         (("--reference.source", "model"), "source model needs a path"),
+        (("--data.eval", "[{a.jsonl: 3}]"), "data.eval: the weight of 'a.jsonl' must be 0 or 1, got 3"),
+        (("--data.eval_sft", "[{a.jsonl: 0.5}]"), "data.eval_sft: the weight of 'a.jsonl' must be 0 or 1, got 0.5"),
         (("--reference.source", "model", "--reference.path", "/nonexistent"), "reference.path: the folder"),
         (("--loss.name", "simpo", "--reference.precompute", "true"), "reference.precompute: has no effect"),
     ],

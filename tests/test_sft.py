@@ -443,6 +443,7 @@ def test_bad_rows_are_refused(tiny: Tiny, tmp_path: Path, case: str):
         (["--data.train=nowhere.jsonl"], ["data.train", "nowhere.jsonl"]),
         (["--data.train={nowhere}"], ["data.train"]),
         (["--data.eval=nowhere.jsonl"], ["data.eval", "nowhere.jsonl"]),
+        (["--data.eval=[{eval.jsonl: 0.1}]"], ["data.eval: the weight of 'eval.jsonl' must be 0 or 1, got 0.1"]),
         (["--data.format=poem"], ["data.format", "poem"]),
         (["--data.max_length=12", "--batch.tokens_per_microbatch=12"], ["no row is left", "max_length"]),
         (["--data.max_length=60", "--data.too_long=error"], ["max_length"]),

@@ -19,10 +19,12 @@ A = {"role": "assistant", "content": "Hello."}
 def test_sources_are_looked_for_without_asking_anybody(tmp_path: Path) -> None:
     there = tmp_path / "there.jsonl"
     there.write_text("{}\n")
-    data = DataConfig(train=str(there), eval=[{"user/set:test": 2.0}], eval_sft=str(tmp_path / "gone.jsonl"))
+    data = DataConfig(
+        train=str(there), eval=[{"user/set:test": 1.0, "user/other": 0.0}], eval_sft=str(tmp_path / "gone.jsonl")
+    )
     assert find_sources(SFTConfig(data=data)) == {
         "data.train": [Source(str(there))],
-        "data.eval": [Source("user/set:test", 2.0)],
+        "data.eval": [Source("user/set:test")],
     }, "SFT reads no data.eval_sft"
     with pytest.raises(ValueError, match=r"^data\.eval_sft: '.*gone\.jsonl' does not exist"):
         find_sources(DPOConfig(data=data))
@@ -53,6 +55,32 @@ def test_paths() -> None:
     for paths in bad:
         with pytest.raises(ValueError, match=r"^data\.train: "):
             resolve_paths(paths)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5, 3, 1.000001])
+@pytest.mark.parametrize(
+    ("config", "field"), [(SFTConfig, "eval"), (DPOConfig, "eval"), (DPOConfig, "eval_sft")], ids=str
+)
+def test_held_out_rows_have_no_weight(config: Any, field: str, weight: float, tmp_path: Path) -> None:
+    """Each is scored once: a weight that would have no effect is refused, and of a training's rows it is taken."""
+    there, other = tmp_path / "there.jsonl", tmp_path / "other.jsonl"
+    there.write_text("{}\n")
+    other.write_text("{}\n")
+    weighted: Any = [str(other), {str(there): weight}]
+    data = DataConfig(train=weighted, eval=str(other))
+    assert find_sources(config(data=data))["data.train"][1] == Source(str(there), weight)
+    with pytest.raises(ValueError) as caught:
+        find_sources(config(data=replace(data, **{field: weighted})))
+    assert str(caught.value) == (
+        f"data.{field}: the weight of '{there}' must be 0 or 1, got {weight}, since held-out rows are scored once "
+        "each; give the path alone, or 0 to leave it out"
+    )
+    once: Any = [{str(there): 1.0}, {str(other): 0}]
+    assert find_sources(config(data=replace(data, **{"eval": str(there), field: once})))[f"data.{field}"] == [
+        Source(str(there))
+    ]
+    with pytest.raises(ValueError, match=rf"^data\.{field}: .* is listed 2 times; list it once$"):
+        find_sources(config(data=replace(data, **{field: [str(there), str(there)]})))
 
 
 def places_and_rows(path: Any) -> list[tuple[str, Any]]:

@@ -63,8 +63,10 @@ def row_place(path: str, row: int, has_lines: bool) -> str:
 def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.train") -> list[Source]:
     """The config's value as a list of sources: a path, or a list of paths and `path: weight` entries.
 
-    A weight of 0 leaves the path out. Raises ValueError.
+    A weight of 0 leaves the path out. Held-out rows (every `name` but data.train) are scored once each: there no other
+    weight than 0 and 1 means anything. Raises ValueError.
     """
+    mixes = name == "data.train"
     if paths is None or paths == "" or paths == []:
         raise ValueError(f"{name}: no path given; give a file, a folder or a hub id")
     entries = paths if isinstance(paths, list) else [paths]
@@ -81,11 +83,17 @@ def resolve_paths(paths: DataPaths | dict[str, float] | None, name: str = "data.
                     f"{name}: the weight of {path!r} must be a number >= 0, got {weight!r}; 1 is one pass an epoch, "
                     "0 leaves the path out"
                 )
+            if not mixes and weight not in (0, 1):
+                raise ValueError(
+                    f"{name}: the weight of {path!r} must be 0 or 1, got {weight}, since held-out rows are scored once "
+                    "each; give the path alone, or 0 to leave it out"
+                )
             sources.append(Source(path, float(weight)))
     seen = [source.path for source in sources]
     for path in seen:
         if seen.count(path) > 1:
-            raise ValueError(f"{name}: {path!r} is listed {seen.count(path)} times; list it once, with a weight")
+            remedy = "list it once, with a weight" if mixes else "list it once"
+            raise ValueError(f"{name}: {path!r} is listed {seen.count(path)} times; {remedy}")
     if not any(source.weight for source in sources):
         raise ValueError(f"{name}: every path has the weight 0; give one of them another")
     return [source for source in sources if source.weight]
