@@ -34,6 +34,7 @@ Kind = Literal["sft", "dpo"]
 ReferenceSource = Literal["adapter_off", "start_adapter", "model"]
 HEADS = ("lm_head", "embed_tokens")
 """Last names of the modules beside the decoder layers, on which no adapter is trained."""
+OWN_DATA = {"data.train", "data.eval", "data.eval_sft"}
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
 MAX_DEPTH = 20  # levels of a YAML file: sections, fields, a list, {path: weight}, and room
 MAX_MESSAGE = 1000  # characters of a line about a mistake
@@ -573,6 +574,8 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
         if by_default and config_class is DPOConfig and "model.adapter" not in on_command_line:
             config, more = _from_tiny_sft(config)
             notices += more
+        if by_default and on_command_line & OWN_DATA:
+            notices.insert(0, _of_the_demo(config, on_command_line))
     if config.run.name is None:
         stem = files[-1].stem if files else config_class.__name__.removesuffix("Config").lower()
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -760,6 +763,16 @@ def _without_tiny_eval(config: Config, on_command_line: set[str]) -> tuple[Confi
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **unused))
     notice = "data.eval: the tiny questions go with the tiny rows; without --data.eval FILE nothing is evaluated"
     return config, [notice]
+
+
+def _of_the_demo(config: SFTConfig, on_command_line: set[str]) -> str:
+    """What to tell a person whose own rows meet the embedded default."""
+    if "model.path" in on_command_line:
+        what = "these are the demo's settings"
+    else:
+        what = f"this is the demo's tiny {'random ' * config.model.from_scratch}model"
+    task = "dpo" if isinstance(config, DPOConfig) else "sft"
+    return f"no --config: {what}; give e.g. --config configs/{task}_qwen2.5_7b_lora.yaml"
 
 
 def _from_tiny_sft(config: Config) -> tuple[Config, list[str]]:

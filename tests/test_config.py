@@ -122,12 +122,30 @@ def test_mistakes_do_not_wait_for_imports(script: str):
 def test_own_rows_on_the_embedded_default_are_not_judged_by_its_questions():
     config, notes = load_config(SFTConfig, ["--data.train=mine.jsonl"])
     assert config.data.eval is None and config.model.from_scratch
-    assert [note.split(":")[0] for note in notes] == ["data.eval"] and "--data.eval FILE" in notes[0]
+    assert [note.split(":")[0] for note in notes] == ["no --config", "data.eval"] and "--data.eval FILE" in notes[1]
     config, notes = load_config(SFTConfig, ["--data.train=mine.jsonl", "--data.eval=held.jsonl"])
     assert config.data.eval == "held.jsonl" and config.run.eval_every == load_config(SFTConfig, [])[0].run.eval_every
-    assert notes == [] and load_config(SFTConfig, [])[1] == []
+    assert len(notes) == 1 and load_config(SFTConfig, [])[1] == []
     config, _ = load_config(DPOConfig, ["--data.train=mine.jsonl", "--data.eval=held.jsonl"])
     assert config.data.eval == "held.jsonl" and config.data.eval_sft is None
+
+
+@pytest.mark.parametrize("config_class", [SFTConfig, DPOConfig])
+def test_own_rows_without_a_config_are_told_what_they_train(
+    config_class: type[SFTConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # no run of the demo is here
+
+    def told(*argv: str) -> list[str]:
+        return [note for note in load_config(config_class, argv)[1] if note.startswith("no --config")]
+
+    (note,) = told("--data.train=mine.jsonl")
+    named = re.search(r"configs/\S+", note)
+    assert "the demo's tiny random model" in note and named is not None
+    assert class_of(Path(named[0])) is config_class and (ROOT / named[0]).exists()
+    assert told("--data.eval=held.jsonl") == [note]
+    assert "random" not in told("--data.train=mine.jsonl", "--model.path=mine")[0]
+    assert told() == told("--optim.lr=1e-3") == told("--data.train=a.jsonl", f"--config={EMBEDDED[config_class]}") == []
 
 
 def test_7b_inherits_nothing_from_tiny(tmp_path: Path):
