@@ -167,15 +167,19 @@ def launch(*arguments: str, accelerate: tuple[str, ...] = (), environment: dict[
     return Result(done.returncode, done.stdout + done.stderr)
 
 
-def terminate_when(condition: Callable[[], bool], number: int = signal.SIGTERM) -> Callable[[int], None]:
-    """For `meanwhile`: send the signal as soon as the condition holds."""
+def terminate_when(
+    condition: Callable[[], bool],
+    number: int = signal.SIGTERM,
+    send: Callable[[int, int], None] = os.kill,
+) -> Callable[[int], None]:
+    """For `meanwhile`: send the signal as soon as the condition holds; by `os.killpg` to a whole process group."""
 
     def watch(pid: int) -> None:
         deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline, "the moment for the signal never came"
             time.sleep(0.002)
-        os.kill(pid, number)
+        send(pid, number)
 
     return watch
 

@@ -1,7 +1,9 @@
 """launch/sft.py as a user runs it: what it leaves behind, stop and resume, refusals, and the real vocabulary."""
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import signal
 import time
@@ -209,18 +211,57 @@ def test_the_end_of_a_shell_is_not_the_end_of_a_run(tiny: Tiny, whole: Path):
     same_end(whole, tiny.folder / "left")
 
 
+# A script on a terminal of its own, which it is the first to open.
+ON_TERMINAL = """
+import os, signal
+os.setsid()
+signal.signal(signal.SIGHUP, signal.{handler})
+terminal = os.open({path!r}, os.O_RDWR)
+os.dup2(terminal, 1), os.dup2(terminal, 2)
+"""
+
+
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_closed_terminal(tiny: Tiny, whole: Path, nohup: bool):
-    """SIGHUP saves and leaves; under nohup, which ignores it, the run goes on."""
+    """SIGHUP saves and leaves; where it is ignored, as under nohup, the run goes on. Prints then fail, which is all."""
     name = f"hung-up-{nohup}"
     log = tiny.folder / name / "metrics.jsonl"
-    prelude = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_{'IGN' if nohup else 'DFL'})"
-    hang_up = terminate_when(lambda: num_lines(log) >= 3, signal.SIGHUP)
-    result = tiny.run(name, meanwhile=hang_up, prelude=prelude)
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    said = bytearray()
+
+    def shown() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            said.extend(os.read(ours, 65536))
+        return num_lines(log) >= 3
+
+    def close(*_: int) -> None:
+        os.close(theirs)
+        os.close(ours)
+
+    prelude = ON_TERMINAL.format(path=os.ttyname(theirs), handler="SIG_IGN" if nohup else "SIG_DFL")
+    result = tiny.run(name, meanwhile=terminate_when(shown, send=close), prelude=prelude)
+    assert b"step 1/" in said and result.output == "", said.decode()
     if not nohup:
         assert result.code == 128 + signal.SIGHUP and "stopped after step" in tiny.status(name)["reason"]
         result = tiny.run(name)
-    assert result.code == 0, result.output
+    assert result.code == 0 and tiny.status(name)["outcome"] == "finished", result.output
+    same_end(whole, tiny.folder / name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group(tiny: Tiny, whole: Path, number: signal.Signals):
+    """A terminal that closes, or Ctrl-C in it, reaches the workers too: the step is done and saved all the same."""
+    name = f"group-{number.name}"
+    log = tiny.folder / name / "metrics.jsonl"
+    prelude = "import os, signal; os.setsid(); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    to_all = terminate_when(lambda: num_lines(log) >= 3, number, os.killpg)
+    result = tiny.run(name, "--data.workers=2", meanwhile=to_all, prelude=prelude)
+    assert result.code == 128 + number and "Traceback" not in result.output, result.output
+    status = tiny.status(name)
+    assert status["outcome"] == "interrupted" and f"stopped after step {status['step']} of" in status["reason"]
+    assert (tiny.folder / name / "checkpoints" / f"step-{status['step']:06d}").is_dir() and status["step"] >= 2
+    assert tiny.run(name, "--data.workers=2").code == 0
     same_end(whole, tiny.folder / name)
 
 

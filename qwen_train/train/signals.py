@@ -5,7 +5,9 @@ A process ends with the launcher that started it, and its workers end with it, h
 
 import contextlib
 import ctypes
+import errno
 import functools
+import io
 import os
 import signal
 import sys
@@ -46,6 +48,7 @@ class Signals:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._on_signal)
         _let_workers_die()
+        _outlive_terminal()
         sys.unraisablehook = self._on_swallowed
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -80,6 +83,28 @@ def _say(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # of a terminal that has hung up, say: the run saves all the same
             os.write(2, f"{chr(10) if os.isatty(2) else ''}{message}\n".encode())
+
+
+class _Terminal(io.FileIO):
+    """A terminal that, once it has hung up, takes what is written and shows it to nobody."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return memoryview(data).nbytes
+
+
+def _outlive_terminal() -> None:
+    """Let no print end a run whose terminal has hung up: SIGHUP comes after the first error, or to nobody (disown)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
+            stream.flush()
+            raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 
 def _die_with_parent(number: signal.Signals) -> None:
