@@ -649,14 +649,20 @@ def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def load_for_tool(options: argparse.Namespace, others: Sequence[str]) -> tuple[Kind, SFTConfig, list[str]]:
     """The task, its config and the warnings of what `tool_parser` has parsed and left over. Raises ValueError."""
-    for name in (word.split("=")[0][2:] for word in others if word.startswith("--")):
-        if "." not in name and name not in ("print_config", *_sections(DPOConfig)):
-            near = difflib.get_close_matches(name, [option.replace("_", "-") for option in vars(options)], n=1)
-            raise ValueError(f"--{name}: no such option; {f'did you mean --{near[0]}?' if near else 'see --help'}")
+    known = ("print_config", *_sections(DPOConfig))
+    names = [word.split("=")[0][2:] for word in others if word.startswith("--")]
+    refuse_options([name for name in names if "." not in name and name not in known], options)
     task = options.task or task_of(options.config, others)
     argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
     config, warnings = load_config(SFTConfig if task == "sft" else DPOConfig, argv)
     return task, config, warnings
+
+
+def refuse_options(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Refuse (ValueError) names of options that a script has not, with the nearest of those that it has."""
+    for name in names:
+        near = difflib.get_close_matches(name, [option.replace("_", "-") for option in vars(options)], n=1)
+        raise ValueError(f"--{name}: no such option; {f'did you mean --{near[0]}?' if near else 'see --help'}")
 
 
 def _config_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
