@@ -392,8 +392,11 @@ def test_another_base_is_refused_by_its_weights(start: Path, base: str, dpo: Pat
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"is not the base that .* was trained on"):
-        resolve_start(dpo_config("--model.path", str(tmp_path / "other"), "--model.adapter", str(start)))
+    words = ["--model.path", str(tmp_path / "other"), "--model.adapter"]
+    with pytest.raises(ValueError, match=r"is not the base that .* was trained on .* --model.adapter null starts from"):
+        resolve_start(dpo_config(*words, str(start)))
+    alone, notes = resolve_start(dpo_config(*words, "null"))
+    assert notes == [f"start: the base, {tmp_path / 'other'}"] and alone.model.adapter is None
     with pytest.raises(ValueError, match="merged into it; give the folder of that merge"):
         resolve_start(dpo_config("--model.path", base, "--model.adapter", str(dpo / "adapter_delta")))
 
@@ -448,6 +451,9 @@ def test_merging_refuses_in_one_line(dpo: Path, base: str, start: Path, tmp_path
     (tmp_path / "full" / "x").touch()
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
     for arguments, message in [
+        (("--adaptr", "x", "--out", str(tmp_path / "o")), "--adaptr: no such option; did you mean --adapter?"),
+        (("--adapter", str(start)), "--out: needed, got nothing; give a folder"),
+        (("--adapter", str(start), "--out", str(tmp_path / "o"), "--dtype", "int8"), "--dtype: invalid choice: 'int8'"),
         (("--adapter", str(tmp_path), "--out", str(tmp_path / "o")), "is not an adapter folder"),
         (("--adapter", str(start), "--out", str(tmp_path / "full")), "exists already"),
         (("--adapter", str(start), "--out", str(tmp_path / "o"), "--rows", str(tmp_path / "rows.jsonl")), "no usable"),

@@ -149,7 +149,8 @@ def check_base(folder: str, path: str, revision: str | None = None) -> None:
     if "base_sha256" in base and base["base_sha256"] != base_fingerprint(path, revision):
         raise ValueError(
             f"model.path: {path} is not the base that {folder} was trained on (the weights differ); give that base, "
-            f"{read_adapter_config(folder).base_model_name_or_path}, or another adapter"
+            f"{read_adapter_config(folder).base_model_name_or_path}, or another adapter; a training with "
+            "--model.adapter null starts from model.path alone"
         )
 
 
