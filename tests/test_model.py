@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -23,6 +24,7 @@ from qwen_train.model import load
 from qwen_train.model.load import load_model, load_tokenizer, special_tokens
 from qwen_train.model.memory import estimate_memory, resolve_auto
 from qwen_train.model.packed import PackedLM, num_adapter_parameters, trainable_parameters
+from qwen_train.output.merge import load_plainly
 from qwen_train.train.distributed import Run
 from qwen_train.train.script import _explained
 from tests.preferences import edit_json
@@ -573,6 +575,47 @@ def test_the_tokenizer_folder_renders_the_same(start: Trained, name: str):
                 assert ours.apply_chat_template(messages, tokenize=False, **given) == text
                 assert ours.encode(text) == theirs.encode(text)
     assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors, None),
+        (lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, None),  # old files
+        (lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, None),  # tied
+        (lambda tensors: {name: tensors[name] for name in tensors if name != UP}, f"{UP} is missing"),
+        (
+            lambda tensors: {name: tensors[name] for name in tensors if ".mlp." not in name},
+            r"\(and 5 more\) is missing",
+        ),
+        (lambda tensors: tensors | {UP: tensors[UP][:-8].clone()}, f"{UP} has another shape than its config.json says"),
+        (
+            lambda tensors: tensors | {"v_head.weight": torch.ones(3)},
+            "v_head.weight has no place in the model",
+        ),
+    ],
+    ids=["whole", "inv_freq", "tied head", "one missing", "many missing", "another shape", "one more"],
+)
+def test_weights_that_are_not_all_read(
+    start: Trained, world: World, tmp_path: Path, quantization: str, change: Any, said: str | None
+):
+    """transformers draws at random what is missing, leaves out what has no place, and goes on."""
+    folder = tmp_path / "model"
+    shutil.copytree(start.folder / "base", folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    words = [f"model.path={folder}", "model.from_scratch=false", f"model.quantization={quantization}"]
+    words += ["model.dtype=bfloat16"] * (quantization == "nf4")
+    if said is None:
+        world.load(*words)
+    else:
+        with pytest.raises(ValueError, match=f"^model.path: cannot read weights from {folder}: .*{said}.*; check"):
+            world.load(*words)
+        with pytest.raises(ValueError, match=f"^{folder}: cannot be read as a model: .*{said}.*; give the base"):
+            load_plainly(str(folder), torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,10 @@ def a_model(folder: Path, **files: str | None) -> Path:
         ({"config__json": "[]"}, r"config.json holds a list and not an object"),
         ({"config__json": "{}"}, r"no model config in .*model_type"),
         ({"config__json": '{"model_type": "llama"}'}, r"is a llama model; this project trains"),
+        (
+            {"config__json": '{"model_type": "qwen2", "quantization_config": {"quant_method": "awq", "bits": 4}}'},
+            r"are stored quantised \(awq\), which is not read here; give the model they were made of",
+        ),
         ({"tokenizer__json": ""}, r"tokenizer.json cannot be read"),
         ({}, r"no weights \(model.safetensors\) in .*; check the path, or set model.from_scratch"),
         ({"pytorch_model__bin": ""}, r"has its weights as pytorch_model.bin, a pickle, .* not opened here"),

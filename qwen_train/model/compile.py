@@ -159,7 +159,7 @@ def _with_dynamic_lengths(forward: Forward) -> Forward:
     return call
 
 
-def _recomputing(forward: Forward, preserve_rng_state: bool) -> FunctionType:
+def _recomputing(forward: Forward, preserve_rng_state: bool) -> Forward:
     def recomputing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(hidden_states, *args, **kwargs)
@@ -170,7 +170,7 @@ def _recomputing(forward: Forward, preserve_rng_state: bool) -> FunctionType:
     return recomputing
 
 
-def _with_own_code(wrapper: FunctionType, forward: Forward) -> FunctionType:
+def _with_own_code(wrapper: Any, forward: Forward) -> Forward:
     """`wrapper`, whose code it shares with those of the layers that run the same `forward` alone.
 
     torch keeps compiled graphs by code, and torch 2.11 does not look which function a wrapper calls: the last layer's

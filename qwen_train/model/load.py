@@ -8,7 +8,7 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -80,6 +80,12 @@ def load_model_config(config: ModelConfig) -> Any:
         raise ValueError(
             f"model.path: {config.path} is a {model_config.model_type} model; "
             f"this project trains {', '.join(FAMILIES)} (dense Qwen models)"
+        )
+    if stored := getattr(model_config, "quantization_config", None):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method.value
+        raise ValueError(
+            f"model.path: the weights of {config.path} are stored quantised ({method}), which is not read here; give "
+            "the model they were made of: model.quantization nf4 and fp8 quantise while loading"
         )
     return model_config
 
@@ -226,20 +232,48 @@ def _base_model(
         return lm
     path = str(base) if config.model.from_scratch else config.model.path
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return read_weights(
             path,
             revision=None if config.model.from_scratch else config.model.revision,
             dtype=dtype,
-            attn_implementation="sdpa",
             device_map={"": device},
             trust_remote_code=config.model.trust_remote_code,
             quantization_config=_nf4_config(config),
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model.path: cannot read weights from {path}: {_first_line(error)}; check the path, or set "
+            f"model.path: cannot read weights from {path}: {_first_line(error)}; check the files, or set "
             "model.from_scratch for random weights"
         ) from None
+
+
+def read_weights(path: str, **options: Any) -> PreTrainedModel:
+    """A model by transformers' `from_pretrained`, of which every weight was in the files, and every one there is used.
+
+    transformers draws at random what is missing or of another shape, and goes on. Raises ValueError, and OSError.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # to be refused here, by name
+        **options,
+    )
+    lm, report = loaded
+    others = [name for name, *_ in report["mismatched_keys"]]
+    for name, layer in lm.named_modules():  # of a quantised weight nobody has compared the shapes
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
+            others.append(f"{name}.weight")
+    for names, fault in (
+        (report["missing_keys"], "is missing"),
+        (others, "has another shape than its config.json says"),
+        (report["unexpected_keys"], "has no place in the model of its config.json"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{sorted(names)[0]}{more} {fault}")
+    return cast(PreTrainedModel, lm)
 
 
 def place_of_weights(

@@ -64,7 +64,8 @@ def write_adapter(
     with replacing_folder(folder) as temporary:
         write_tensors(temporary / "adapter_model.safetensors", {name: t.detach() for name, t in tensors.items()})
         config.save_pretrained(str(temporary))
-        write_tokenizer(temporary, tokenizer, peft_model.get_base_model().config.model_type)
+        base: Any = peft_model.get_base_model()
+        write_tokenizer(temporary, tokenizer, base.config.model_type)
         if card is not None:
             write_file(temporary / "README.md", [card.encode()])
 

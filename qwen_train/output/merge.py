@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import Kind, ModelConfig
@@ -34,7 +34,7 @@ from qwen_train.model.adapters import (
     read_base,
     without_adapters,
 )
-from qwen_train.model.load import load_model_config, special_tokens
+from qwen_train.model.load import load_model_config, read_weights, special_tokens
 from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.output.export import shown_path, write_adapter, write_full_model, write_model_card
@@ -81,9 +81,7 @@ def load_plainly(path: str, dtype: torch.dtype | str, device: torch.device) -> P
     """A model as transformers reads it. Raises ValueError where it cannot."""
     disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
-        )
+        return read_weights(path, dtype=dtype, device_map={"": device})
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: cannot be read as a model: {reason}; give the base of the adapter") from None
