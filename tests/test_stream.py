@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import statistics
 import time
@@ -646,16 +647,28 @@ def test_a_long_run_of_many_micro_batches_holds_no_file_descriptors():
     assert max(counts) <= counts[0] + 4
 
 
-def test_a_dead_worker_is_reported_with_the_remedy():
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (
+            signal.SIGKILL,
+            "most often the machine is out of memory: lower data.workers (0 collates in the main process)",
+        ),
+        (signal.SIGUSR1, "start again, with fewer or none (0 collates in the main process)"),
+    ],
+)
+def test_a_dead_worker_is_reported_with_the_remedy(number, remedy):
+    """Memory is the kernel's reason to kill, and nobody else's."""
     main = os.getpid()
 
     def die(rows) -> Batch:
         if 50 in rows and os.getpid() != main:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return collate(rows)
 
     before = children()
-    with pytest.raises(RuntimeError, match=r"data\.workers: a worker .* died .*lower data\.workers"):
+    reason = re.escape(f"is killed by signal: {signal.strsignal(number)}")
+    with pytest.raises(RuntimeError, match=rf"data\.workers: a worker .* died \(.*{reason}\); {re.escape(remedy)}"):
         list(prefetch(make(collate=die), range(40), workers=2))
     assert children() == before
 

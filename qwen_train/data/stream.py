@@ -407,10 +407,13 @@ def worker_death(error: RuntimeError) -> str | None:
         return None
     if text.startswith("data.workers: "):
         return text
-    return (
-        f"data.workers: a worker that collates batches died ({text.splitlines()[0].rstrip('. ')}); most often "
-        "the machine is out of memory: lower data.workers (0 collates in the main process)"
-    )
+    if "signal" in str(error.__cause__):  # found dead after a handler of torch's had told of what
+        text = str(error.__cause__)
+    remedy = "start again, with fewer or none"
+    if f"signal: {signal.strsignal(signal.SIGKILL)}" in text:  # which is how the kernel makes room
+        remedy = "most often the machine is out of memory: lower data.workers"
+    reason = text.splitlines()[0].rstrip(". ")
+    return f"data.workers: a worker that collates batches died ({reason}); {remedy} (0 collates in the main process)"
 
 
 @dataclass(frozen=True)
