@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import reference_source
 from qwen_train.data.stream import MicroBatches, collate_preferences, packed_lengths
@@ -38,7 +40,7 @@ from tests.preferences import (
     pairs_of,
     run_dpo,
 )
-from tests.scripts import ScriptRunner, launch, read_metrics
+from tests.scripts import TINY, ScriptRunner, launch, read_metrics
 from tests.support import SHARED, needs_shared
 
 TOLERANCE = 1e-5  # nats, fp32
@@ -254,6 +256,57 @@ def test_other_weights_other_data_and_another_dtype_have_caches_of_their_own(
     fewer = pairs_of(config, few_pairs(tmp_path, 20), cache_dir)
     reference.of_data(run, fewer, collate_preferences(fewer.dataset, True), packed_lengths(fewer.dataset))
     assert len(list((tmp_path / "cache" / "reference").iterdir())) == 3
+
+
+@pytest.fixture
+def wide_base(tmp_path: Path) -> Path:
+    """A base whose feed-forward layers are wider than the residual stream, so that groups keep columns for B."""
+    folder = tmp_path / "base"
+    shutil.copytree(TINY / "model", folder)
+    config = AutoConfig.from_pretrained(folder, intermediate_size=512, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kinds"),
+    [("none", {"dense", "wide"}), ("nf4", {"nf4"}), ("fp8", {"fp8"})],
+    ids=["none", "nf4", "fp8"],
+)
+def test_the_weights_digest_is_of_the_base_alone(
+    quantization: str, kinds: set[str], wide_base: Path, run: Run, tmp_path: Path, cache_dir: Path
+) -> None:
+    """A sweep over the adapter scores the pairs once; one bit of the base, in its scales too, is another digest."""
+    precision = () if quantization == "none" else ("--model.quantization", quantization, "--model.dtype", "bfloat16")
+
+    def made(*arguments: str) -> tuple[PackedLM, Reference]:
+        base = ("--model.path", str(wide_base), "--reference.precompute", "true")
+        config = dpo_config(*base, *precision, *arguments)
+        model = load(config)
+        return model, reference_of(config, model, run, tmp_path)
+
+    model, reference = made("--lora.r", "8")
+    digest = reference.weights_digest
+    assert {getattr(module, "kind", None) for module in model.modules()} - {None} == kinds, "of groups"
+    adapters = [("--lora.r", "16"), ("--lora.dropout", "0.05"), ("--lora.target_modules", "[q_proj]")]
+    for arguments in adapters[:1] if quantization == "fp8" else adapters:
+        _, other = made(*arguments)
+        assert other.weights_digest == digest, arguments
+
+    disturb(model)
+    batch = batch_of(pairs_of(reference.config, few_pairs(tmp_path), cache_dir), range(4))
+    sequence_sums(model(batch).logps, batch).sum().backward()
+    assert reference._digest(run) == digest, "a forward writes B beside the weights"
+
+    (norm,) = (value for name, value in model.named_parameters() if name.endswith("layers.0.input_layernorm.weight"))
+    (down,) = (module for name, module in model.named_modules() if name.endswith("layers.1.mlp.down_proj"))
+    stored = [down.base_layer.weight] if quantization == "none" else dict(down.named_buffers()).values()
+    for value in [norm, *stored]:
+        first = value.data[(0,) * value.dim()].reshape(1).view(torch.uint8)
+        first[0] ^= 1
+        assert reference._digest(run) != digest
+        first[0] ^= 1
+        assert reference._digest(run) == digest
 
 
 # --- The audit

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_train.config import DPOConfig, config_hash, reference_source
 from qwen_train.data.packing import Batch, IntArray
@@ -25,6 +25,7 @@ from qwen_train.data.stream import Collate, MicroBatches, plan_microbatches
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import Pairs
 from qwen_train.model.adapters import adapter_sha256, tensor_digest
+from qwen_train.model.frozen import nf4_tensors
 from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens
 from qwen_train.model.packed import PackedLM, evaluating
@@ -162,11 +163,26 @@ class Reference:
 
     def _digest(self, run: Run) -> str:
         """Hash of every frozen weight of the reference, of which a sharded model has one whole at a time."""
-        lm = self.model.lm
-        named: dict[str, Tensor] = {name: value for name, value in lm.named_parameters() if not value.requires_grad}
-        named |= dict(lm.named_buffers())
-        parts = [tensor_digest({name: run.gather_shards(tensor)}) for name, tensor in sorted(named.items())]
-        return config_hash(parts)
+        named = sorted(_frozen_tensors(self.model.lm).items())
+        return config_hash([tensor_digest({name: run.gather_shards(tensor)}) for name, tensor in named])
+
+
+def _frozen_tensors(lm: nn.Module) -> dict[str, Tensor]:
+    """Frozen weights and buffers, by names and in forms that the shape of the trained adapter does not change.
+
+    A group of LoRA layers (model/lora.py) keeps the weights of its members a second time as `frozen_*`, beside columns
+    for the adapter's B, which each forward writes; in fp8 these are the only copy, and have no such columns.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in lm.named_parameters():
+        if not value.requires_grad:
+            parts = nf4_tensors(value) if hasattr(value, "quant_state") else [value]  # 4 bits mean nothing unscaled
+            named |= {f"{name.replace('.base_layer', '')}.{index}": part for index, part in enumerate(parts)}
+    for place, module in lm.named_modules():
+        for name, value in module.named_buffers(recurse=False):
+            if not name.startswith("frozen_") or getattr(module, "kind", None) == "fp8":
+                named[f"{place}.{name}"] = value
+    return named
 
 
 def check_reference(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
