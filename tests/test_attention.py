@@ -447,6 +447,29 @@ def test_resolve_attention_on_a_gpu(monkeypatch):
         resolve_attention("flash", "cuda")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_deterministic_run_asks_flash_attn_for_its_deterministic_backward(monkeypatch, compiled):
+    """A stand-in in its place: ten times the output when asked so; a graph follows the setting, too."""
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, dropout_p, softmax_scale, causal, deterministic=False):
+        assert causal and dropout_p == 0 and softmax_scale == 0.25 and max_q <= max_k and k.shape == v.shape
+        return q * (10 if deterministic else 1)
+
+    monkeypatch.setattr("qwen_train.model.attention.flash_attn_varlen_func", stand_in)
+    attend = packed(CASES["one token"], "flash")
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    q, k, v = random_qkv(1)
+    expected = q.transpose(1, 2)
+    assert torch.equal(attend(q, k, v), expected)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(attend(q, k, v), 10 * expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(attend(q, k, v), expected)
+
+
 def test_flash_attn_4_is_known_by_its_distribution(tmp_path, monkeypatch):
     """flash-attn 2 has a folder flash_attn/cute too, which cannot be imported."""
     version = importlib.metadata.version

@@ -192,7 +192,10 @@ def packed_attention(
 
         out, _ = flash4(q, k, v, *lengths, scaling)
     elif packed_backend == "flash":
-        out = flash_attn_varlen_func(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True)
+        deterministic = torch.are_deterministic_algorithms_enabled()  # else dQ is summed in the order blocks finish
+        out = flash_attn_varlen_func(
+            q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True, deterministic=deterministic
+        )
     else:
         out = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), **VARLEN_GQA)
     return out[None], None
