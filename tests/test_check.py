@@ -275,6 +275,27 @@ def test_keys_that_nothing_reads_are_counted_with_their_first_place(template, tm
     assert not [grid for grid in check_view.grids(plain) if grid.title == "Keys not read"]
 
 
+def test_a_misspelt_key_is_a_warning_that_names_both(template, tmp_path):
+    user, answer = chat("Hi", "Red.")["messages"]
+    rows = [{"messages": [user, {**answer, "wieght": 0}]}, {"messages": [user, {**answer, "wieght": 0}], "tool": []}]
+    report = examined(template, "sft", [*GOOD, *rows], folder=tmp_path)
+    first = len(GOOD) + 1
+    assert [
+        (problem.level, problem.place, problem.message) for problem in report.problems if "did" in problem.message
+    ] == [
+        (
+            "warning",
+            str(tmp_path / f"train.jsonl:{first}"),
+            "messages[].wieght is not read (2 rows); did you mean weight?",
+        ),
+        ("warning", str(tmp_path / f"train.jsonl:{first + 1}"), "tool is not read (1 row); did you mean tools?"),
+    ]
+    assert check_view.verdict(report)[0] == "warning" and report.exit_code == 0
+    plain = [{**row, "id": 1, "prompt_id": "x", "conversation_id": 2, "source": "s", "input": "i"} for row in GOOD]
+    own = examined(template, "sft", plain, folder=tmp_path)
+    assert len(own.splits[0].unread) == 5 and not own.counts["warning"]
+
+
 def test_rows_keyed_by_anything_do_not_fill_the_memory(template, tmp_path):
     rows = [{**chat("Hi", f"Red {n}."), **{f"k{n}.{i}": 1 for i in range(30)}} for n in range(20)]
     assert len(examined(template, "sft", rows, folder=tmp_path).splits[0].unread) == check.MAX_KEYS
@@ -291,6 +312,44 @@ def test_control_tokens_and_stripped_newlines_are_counted(template, tmp_path):
         if kept:
             assert notes["stripped_newlines"].rows == 1
             assert notes["default_system"].rows == 11, "the template's own system message, in every row"
+
+
+USER_TURN, HEADER, END = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>"
+RENDERED: dict[str, list[Any]] = {
+    "sft": [
+        {"prompt": USER_TURN.format(f"What comes after {n}?") + HEADER, "completion": f"{n + 1}{END}"} for n in range(5)
+    ],
+    "dpo": [
+        pair(USER_TURN.format(f"What comes after {n}?") + HEADER, f"{n + 1}{END}\n", f"{n}{END}\n") for n in range(5)
+    ],
+}
+PLAIN: dict[str, list[Any]] = {
+    "sft": [chat(f"What comes after {n}?", str(n + 1)) for n in range(60)],
+    "dpo": [pair(f"What comes after {n}?", str(n + 1), str(n)) for n in range(60)],
+}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_rows_that_a_template_has_written_already_are_one_warning(kind, template, tmp_path):
+    report = examined(template, kind, [*PLAIN[kind][10:20], *RENDERED[kind]], folder=tmp_path)
+    assert found(report) == {("warning", "train.jsonl:11", "rendered_content")}
+    assert report.problems[0].message.startswith("5 of 15 rows look rendered already")
+    data = tokenize(
+        kind, str(tmp_path / "train.jsonl"), template.tokenizer, ChatOptions(), cache_dir=tmp_path, workers=1
+    )
+    assert data.report.warning == report.problems[0].message, "the training says the same"
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_stray_control_token_is_no_rendered_data(kind, template, tmp_path):
+    """One row in 61 about ChatML, and answers that name <|im_end|> in passing."""
+    passing = [json.loads(json.dumps(row).replace("What", "<|im_end|>: what")) for row in PLAIN[kind]]
+    report = examined(template, kind, [*passing, RENDERED[kind][0]], folder=tmp_path)
+    assert not report.problems and report.splits[0].notes["rendered_content"].rows == 1
+    data = tokenize(
+        kind, str(tmp_path / "train.jsonl"), template.tokenizer, ChatOptions(), cache_dir=tmp_path, workers=1
+    )
+    assert not data.report.warning and "rows that look rendered already: 1" in data.report.summary()
 
 
 def test_a_turn_without_a_supervised_stop_token_fails_the_check(template):

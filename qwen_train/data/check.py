@@ -23,11 +23,11 @@ import numpy as np
 
 from qwen_train.config import DPOConfig, Kind, SFTConfig
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
-from qwen_train.data.formats import RowError
+from qwen_train.data.formats import RowError, misspelt
 from qwen_train.data.packing import empty_batch
 from qwen_train.data.sources import Source, data_splits, row_place
 from qwen_train.data.stream import Stream, plan_microbatches
-from qwen_train.data.tokenize import JudgedRow
+from qwen_train.data.tokenize import JudgedRow, rendered_warning
 
 if TYPE_CHECKING:
     Ints: TypeAlias = array[int]
@@ -101,6 +101,8 @@ class NoteCount:
     rows: int = 0
     total: int = 0
     left_out: int = 0
+    first: str = ""
+    """Place of the first of the rows."""
 
 
 @dataclass
@@ -292,6 +294,7 @@ class _Reader:
             note = self.split.notes.setdefault(name, NoteCount())
             note.rows += 1
             note.total += count
+            note.first = note.first or row.place
             if name in LISTED_NOTES:
                 self.problems.add(self.split, "warning", row.place, name, LISTED_NOTES[name])
         if self.options.control_tokens == "allow" and row.notes.get("control_tokens"):
@@ -450,6 +453,13 @@ def _check_split(split: Split, problems: _Problems) -> None:
             "<|im_end|>, so the model would not learn to stop; look at the chat template"
         )
         problems.add(split, "error", split.name, "no_stop_token", message)
+    rendered = split.notes.get("rendered_content", NoteCount())
+    if message := rendered_warning(rendered.rows, split.kept):
+        problems.add(split, "warning", rendered.first, "rendered_content", message)
+    for key, count in split.unread.items():
+        if meant := misspelt(key):
+            message = f"{key} is not read ({count:,} row{'s' * (count != 1)}); did you mean {meant}?"
+            problems.add(split, "warning", split.unread_places[key], "misspelt_key", message)
     if not split.kept and not split.reasons["error", UNREADABLE]:
         problems.add(split, "error", split.name, "no_rows", _nothing_left(split))
 

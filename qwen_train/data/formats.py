@@ -5,6 +5,7 @@ What a caller uses:
 - `FORMATS`: the table a new format is added to: a function `row -> Conversation | Preference` and its line here.
 """
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ MESSAGE_KEYS = {
     *("role", "content", "from", "value", "tool_calls", "function_call", "name", "tool_call_id", "weight", "train"),
     *REASONING_KEYS,
 }
+MISSPELT = 0.8  # difflib's ratio of names: wieght and weight have 0.83
 MAX_MESSAGE = 600  # characters of an error about a row
 MAX_DEPTH = 100  # levels of lists and objects in a row
 LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30  # sums over a step of weights between these stay within fp32's range
@@ -504,3 +506,17 @@ FORMATS: dict[str, Format] = {
     "sharegpt_preference": Format("dpo", ("conversations", "chosen", "rejected"), from_sharegpt_preference),
     "implicit_preference": Format("dpo", ("chosen", "rejected"), from_implicit_preference),
 }
+
+
+def misspelt(unread: str) -> str | None:
+    """The key that is meant by one that nothing reads (`wieght`, `messages[].wieght`); None for one of its own.
+
+    A name with a word more or less (`prompt_id`) is one of its own.
+    """
+    inside, _, name = unread.rpartition("[].")
+    of_rows = {key for format in FORMATS.values() for key in (*format.keys, *format.others, *ROW_KEYS)}
+    known = MESSAGE_KEYS if inside else of_rows
+    if name in known:  # of another format
+        return None
+    alike = sorted(key for key in known if key.count("_") == name.count("_"))
+    return next(iter(difflib.get_close_matches(name.lower(), alike, n=1, cutoff=MISSPELT)), None)

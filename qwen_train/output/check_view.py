@@ -122,7 +122,7 @@ def _unread(report: Report) -> Grid:
         shown = visible(key) if len(key) <= MAX_KEY else f"{visible(key[:MAX_KEY])}..."
         rows.append([shown, *(f"{split.unread[key]:,}" for split in report.splits), first])
     columns = ["key", *(split.name for split in report.splits), "first at"]
-    caption = "rows with a key that nothing reads; a misspelt one is among them"
+    caption = "rows with a key that nothing reads; a misspelt one would stand here"
     return Grid("Keys not read", columns, "l" + "r" * len(report.splits) + "p", rows, [""] * len(rows), caption)
 
 
