@@ -22,6 +22,7 @@ from qwen_train.train.distributed import Run
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.reference import (
     Reference,
+    _cause,
     audit_start,
     check_reference,
     prove_reference,
@@ -362,6 +363,21 @@ def test_the_audit_names_a_stale_table(run: Run, precomputing) -> None:
     audit_start(run, model, reference, look_up, step(batch))
     with pytest.raises(ValueError, match="a stale cache"):
         audit_start(run, model, reference, lambda batch: look_up(batch) + 0.3, step(batch))
+
+
+def test_ranks_look_for_the_cause_together(run: Run, precomputing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stale rows lie in another rank's batch: this one must neither go on into a forward nor name another cause."""
+    _, model, reference, data, collate, lengths = precomputing
+    look_up = reference.of_data(run, data, collate, lengths)
+    asked: list[float] = []
+
+    def maximum(ours: float) -> float:
+        asked.append(ours)
+        return max(ours, float(len(asked) == 2))  # two passes agree everywhere, the table only here
+
+    monkeypatch.setattr(run, "maximum", maximum)
+    assert "a stale cache" in _cause(run, model, reference, look_up, collate([1, 2, 3]))
+    assert asked == [0.0, 0.0]
 
 
 def test_the_audit_names_another_model(start: Path, run: Run, tmp_path: Path, cache_dir: Path) -> None:

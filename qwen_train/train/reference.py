@@ -289,7 +289,7 @@ def audit_start(
     if problem is not None:
         raise ValueError(
             f"reference.source: before the first update the policy differs from its reference ({reference.source}) "
-            f"{problem}: {_cause(policy, reference, ref_logps, batches[0])}"
+            f"{problem}: {_cause(run, policy, reference, ref_logps, batches[0])}"
         )
     run.note(f"step 0: policy and reference ({reference.source}) differ by {absolute:.1e} nats a token")
 
@@ -300,21 +300,26 @@ def _policy_logps(policy: PackedLM, batch: Batch) -> Tensor:
         return sequence_sums(policy(batch).logps, batch)
 
 
-def _cause(policy: PackedLM, reference: Reference, ref_logps: RefLogps, batch: Batch) -> str:
-    """Why policy and reference differ, as the end of the message, with the remedy."""
+def _cause(run: Run, policy: PackedLM, reference: Reference, ref_logps: RefLogps, batch: Batch) -> str:
+    """Why policy and reference differ, as the end of the message, with the remedy.
+
+    Found by all ranks together, each with a batch of its own: every forward gathers what is sharded.
+    """
 
     most = TOLERANCE[reference.config.model.dtype][0]
 
     def differ(left: Tensor | None, right: Tensor | None) -> bool:
         assert left is not None and right is not None
-        return not float((left - right).abs().sum()) <= most * max(len(batch.targets), 1)
+        alike = float((left - right).abs().sum()) <= most * max(len(batch.targets), 1)  # not so for nan
+        return run.maximum(float(not alike)) > 0
 
     once = _policy_logps(policy, batch)
     if differ(once, _policy_logps(policy, batch)):
         return "two passes of the policy differ, too: dropout is active in evaluation mode; look for a layer that draws"
     if ref_logps != reference.logps and differ(ref_logps(batch), reference.logps(batch)):
         return "the stored log-probs are not those of this reference (a stale cache); empty data.cache_dir/reference"
-    trained = any("lora_B" in name and bool(p.any()) for name, p in policy.lm.named_parameters() if p.requires_grad)
+    adapter = [p for name, p in policy.lm.named_parameters() if "lora_B" in name and p.requires_grad]
+    trained = any(bool(run.gather_shards(p).any()) for p in adapter)
     if reference.source == "adapter_off" and trained:
         return (
             "the adapter is a trained one, and switching it off gives the model before it; use reference.source auto "
