@@ -72,6 +72,15 @@ def files_below(folder: Path) -> list[str]:
 # Adapters ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("base", "named"), [("base", "{here}/base"), ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B")])
+def test_the_base_is_found_from_any_working_directory(tmp_path, tokenizer, monkeypatch, base, named):
+    monkeypatch.chdir(tmp_path)
+    base_model().save_pretrained("base")
+    write_adapter(tmp_path / "adapter", adapted(base_model()), None, tokenizer, base)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == named.format(here=tmp_path)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
 def test_an_adapter_gives_the_trained_logits_to_who_loads_it(tmp_path, tokenizer, options):
     base = base_model()

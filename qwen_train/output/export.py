@@ -52,12 +52,13 @@ def write_adapter(
     """Write a PEFT adapter folder: adapter_model.safetensors, adapter_config.json, tokenizer, template, card.
 
     `state_dict`: the adapter's tensors (gathered, if they are sharded), named as in the model or as PEFT stores them;
-    None takes those of `peft_model`. Raises RuntimeError where they are not exactly the adapter's. `base_name` becomes
-    base_model_name_or_path.
+    None takes those of `peft_model`. Raises RuntimeError where they are not exactly the adapter's. `base_name`, a
+    hub id or a folder, becomes base_model_name_or_path.
     """
     tensors = _adapter_tensors(peft_model, state_dict, adapter_name)
     config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
-    config.base_model_name_or_path = base_name
+    # A relative folder would be found from this working directory alone.
+    config.base_model_name_or_path = str(Path(base_name).absolute()) if Path(base_name).is_dir() else base_name
     config.inference_mode = True
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same file every time
