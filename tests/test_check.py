@@ -669,6 +669,17 @@ def test_the_page_is_self_contained_and_escaped(template, tmp_path):
     assert len(learnt) > 4
 
 
+def test_the_words_are_those_of_the_rows(template, tmp_path):
+    """The legend has the colours that the rows have, and one row is one row."""
+    pages = {}
+    for kind, rows in (("sft", GOOD[:1]), ("dpo", [pair("Hi", "Red.", "Blue.")])):
+        report = examined(template, kind, rows, folder=tmp_path)
+        pages[kind] = "".join(html_page(report, "", template))
+        assert ">1 in 1 row<" in pages[kind]
+    assert "supervised, rejected" in pages["dpo"] and "supervised, rejected" not in pages["sft"]
+    assert "tokens of the prompt and the longer answer before" in pages["dpo"]
+
+
 def test_the_terminal_prints_a_limited_number_and_counts_the_rest(template, tmp_path):
     bad = [{"messages": [{"role": f"r{n}", "content": "x"}]} for n in range(73)]
     text = shown(template, [*GOOD, *bad], tmp_path)

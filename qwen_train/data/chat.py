@@ -190,6 +190,8 @@ class Template:
         found = list(self._found_in({"messages": shown, "tools": tools}))
         if found:
             notes["control_tokens"] += len(found)
+            if any(_looks_rendered(message["content"]) for message in shown):
+                notes["rendered_content"] = 1
             if options.control_tokens == "reject":
                 names = ", ".join(sorted(set(found))[:MAX_LISTED])
                 raise RowError("control_token", f"content holds the control token(s) {names}", notes=dict(notes))
@@ -527,6 +529,10 @@ def _shown(message: Message, notes: Counter[str]) -> Message:
             notes["stripped_newlines"] += 1
             shown["content"] = stripped
     return shown
+
+
+def _looks_rendered(content: str) -> bool:
+    return START in content or content.rstrip().endswith(END)
 
 
 def _strings(value: Any) -> Iterator[str]:

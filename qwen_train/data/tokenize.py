@@ -85,6 +85,7 @@ VERDICT_COLUMNS = {
 NOTES: dict[str, tuple[str, str]] = {
     "default_system": ("default system message added", "by the chat template; data.system none or a text avoids it"),
     "control_tokens": ("control tokens in content", "data.control_tokens says what becomes of them"),
+    "rendered_content": ("rows that look rendered already", "content holds <|im_start|> or ends with <|im_end|>"),
     "stripped_newlines": ("answers that began with newlines", "stripped: they would merge with the header's newline"),
     "reasoning_left_out": ("reasoning the template left out", "of messages, as the chat template does it"),
     "turns_trimmed": ("oldest turns left out", "to fit data.max_length"),
@@ -95,6 +96,8 @@ NOTES: dict[str, tuple[str, str]] = {
 CODE = ("sources.py", "formats.py", "chat.py", "tokenize.py")
 """What decides the content of the cache."""
 MAX_LISTED = 10
+RENDERED_SHARE = 0.03
+"""Of the kept rows: fewer that look rendered may be about ChatML."""
 ROWS_PER_WORKER = 1000
 BATCH_ROWS = 256
 
@@ -144,6 +147,21 @@ class TokenReport:
         labels = {name: NOTES[name][0] if name in NOTES else name for name in self.notes}
         parts += [f"{labels[name]}: {count:,}" for name, count in sorted(self.notes.items())]
         return "; ".join(parts)
+
+    @property
+    def warning(self) -> str:
+        """What a person should know before the training, "" if nothing."""
+        return rendered_warning(self.notes.get("rendered_content", 0), self.kept)
+
+
+def rendered_warning(rendered: int, kept: int) -> str:
+    """What to say of `rendered` among `kept` rows whose content a chat template seems to have written; "" of a few."""
+    if rendered < max(2, RENDERED_SHARE * kept):
+        return ""
+    return (
+        f"{rendered:,} of {kept:,} rows look rendered already: their content holds <|im_start|> or ends with "
+        "<|im_end|>, and the chat template is applied to it once more; give plain messages"
+    )
 
 
 @dataclass(frozen=True)

@@ -32,4 +32,6 @@ def load_split(run: Run, config: SFTConfig, name: str, tokenizer: "PreTrainedTok
     )
     run.require_alike(name, tokenized.fingerprint)
     run.note(f"{name}: {tokenized.report.summary()}")
+    if warning := tokenized.report.warning:
+        run.note(f"{name}: {warning}")
     return tokenized
