@@ -160,7 +160,7 @@ def train(config: DPOConfig, run: Run) -> None:
 
         if progress.step == 0:
             metrics.text(0, "how to read", HOW_TO_READ_DPO)
-        if progress.step in (0, total_steps) or due(progress.step, config.run.eval_every):
+        if progress.step == 0 or progress.step >= total_steps or due(progress.step, config.run.eval_every):
             evaluate()
 
         # -- the loop -------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def write_result(
     else:
         assert expected is not None
         result = _joined(folder.path, start, model, tensors, tokenizer, config, base_name, probe, expected)
-    first, last = _held_out_metrics(folder)
+    first, last = _held_out_metrics(folder, progress)
     card: dict[str, Any] = {
         "kind": result.kind,
         "method": "SFT" if type(config) is SFTConfig else "DPO",
@@ -154,12 +154,18 @@ def _joined(
     return _Result(joined.folder, "adapter", {"r": joined.r, "use_dora": False}, facts, (joined.note,))
 
 
-def _held_out_metrics(folder: RunFolder) -> tuple[dict[str, float], dict[str, float]]:
-    """The first and the last evaluation in metrics.jsonl, which holds null where a number was not finite."""
-    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+def _held_out_metrics(folder: RunFolder, progress: Progress) -> tuple[dict[str, float], dict[str, float]]:
+    """The first evaluation in metrics.jsonl and that of the last step, whose weights are handed over.
+
+    The file holds null where a number was not finite.
+    """
     evaluations = [
-        {name: math.nan if value is None else value for name, value in line.items() if name.startswith("eval/")}
-        for line in lines
+        (
+            line["step"],
+            {name: math.nan if value is None else value for name, value in line.items() if name.startswith("eval/")},
+        )
+        for line in map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
     ]
-    evaluations = [values for values in evaluations if values] or [{}]
-    return evaluations[0], evaluations[-1]
+    evaluations = [(step, values) for step, values in evaluations if values]
+    last = next((values for step, values in evaluations if step == progress.step), {})
+    return evaluations[0][1] if evaluations else {}, last

@@ -14,7 +14,7 @@ import yaml
 
 from qwen_train.config import SFTConfig, load_config
 from qwen_train.train import saver
-from tests.faults.runs import STEPS, STOP_AFTER, Runs, digest, make_runs, same_end
+from tests.faults.runs import STEPS, STOP_AFTER, Kind, Runs, digest, make_runs, same_end
 from tests.scripts import Result, ScriptRunner, read_metrics, terminate_when
 
 pytestmark = pytest.mark.launch
@@ -143,6 +143,27 @@ def test_a_refused_run_keeps_its_checkpoints_whatever_else_is_missing(runs: Runs
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
     assert "the data are no longer those" in error(runs.run("tidied", f"--data.train={rows}"))
     assert names(runs, "tidied") == saved
+
+
+NAMES = {"sft": "eval/loss", "dpo": "eval/rewards/margins"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_shortened_run_evaluates_what_it_hands_over(
+    kind: Kind, tmp_path: Path, cache_dir: Path, scripts: ScriptRunner
+):
+    """Stopped beyond the end that it is given then: its result is of the weights it has, and not of step 0's."""
+    runs = make_runs(kind, tmp_path, cache_dir, scripts)
+    stopped(runs, "short", "--run.eval_every=0")
+    reached = runs.steps("short")[-1]
+    result = runs.run("short", "--run.eval_every=0", "--run.steps=2", "--run.accept_changes=true")
+    assert result.code == 0 and runs.status("short")["step"] == reached > 2, result.output
+    evaluated = {line["step"]: line for line in read_metrics(tmp_path / "short") if NAMES[kind] in line}
+    assert list(evaluated) == [0, reached]
+    first, last = (evaluated[step][NAMES[kind]] for step in (0, reached))
+    assert first != last and f"{last:.6g}" in (tmp_path / "short/adapter/README.md").read_text()
+    if kind == "sft":
+        assert f"held-out loss: {first:.3f} -> {last:.3f}" in result.lines
 
 
 # --- a finished run ---------------------------------------------------------------------------------------------------
