@@ -160,7 +160,7 @@ def _checks(report: Report) -> Grid:
     add(
         "distinct prompts",
         "the tokens before the last answer",
-        lambda split: (f"{split.distinct_prompts:,} in {split.kept:,} rows", ""),
+        lambda split: (f"{split.distinct_prompts:,} in {split.kept:,} row{'s' * (split.kept != 1)}", ""),
     )
     train = report.splits[0]
 
@@ -242,7 +242,7 @@ def _lengths(report: Report) -> Grid:
             over = sum(length > limit for length in split.lengths)
             names = list(marks)
             rows.append([split.name, *(f"{value:,.0f}" for value in marks.values()), f"{over:,}"])
-    unit = "prompt and the longer answer" if report.kind == "dpo" else "of a row"
+    unit = "of the prompt and the longer answer" if report.kind == "dpo" else "of a row"
     caption = f"tokens {unit} before the length policy ({report.options.too_long}), of all rows that could be rendered"
     columns = ["", *names, f"over {limit:,}"]
     return Grid("Lengths", columns, "l" + "r" * (len(names) + 1), rows, [""] * len(rows), caption)
