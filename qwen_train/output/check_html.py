@@ -52,6 +52,8 @@ td:last-child, th:last-child { padding-right: 0; }
 .r + .l, .r + .p { padding-left: 16px; }
 td.p { min-width: 220px; } table.grid td.l:not(:first-child) { min-width: 160px; }
 table.grid td.l:first-child { white-space: nowrap; } table.pairs { width: auto; min-width: 420px; }
+@media (max-width: 800px) { table.grid td.l:first-child { white-space: normal; min-width: 150px; }
+  table.grid td.l:not(:first-child) { min-width: 26em; } table.pairs { min-width: 0; } }
 tr.ok > td:first-child::before, tr.warning > td:first-child::before, tr.error > td:first-child::before,
 tr.info > td:first-child::before { content: "\\25CF"; margin-right: 8px; }
 tr.ok > td:first-child::before, .verdict.ok { color: var(--ok); }
@@ -168,9 +170,11 @@ def _problem(problem: Problem) -> str:
 def _examples(report: Report, template: Template) -> Iterator[str]:
     if not report.examples:
         return
+    rejected = '<span class="rejected"><span class="learnt">supervised, rejected</span></span> &nbsp; '
+    of_pairs = rejected if report.kind == "dpo" else ""
     yield (
         '<section>\n<h2>Rows and what is learnt of them</h2>\n<p class="soft"><span class="learnt">supervised</span> '
-        '&nbsp; not supervised &nbsp; <span class="control">control token</span> &nbsp; '
+        f'&nbsp; {of_pairs}not supervised &nbsp; <span class="control">control token</span> &nbsp; '
         '<span class="literal">text that only looks like one</span></p>\n'
     )
     for index, example in enumerate(report.examples):
