@@ -184,6 +184,28 @@ def test_bad_dpo_rows(row: Any, reason: str) -> None:
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("format", ["auto", "preference"])
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        (
+            {"system": "S", "question": "Hi", "chosen": "Hello.", "rejected": "No."},
+            "rename the one of these unread keys that holds it: question",
+        ),
+        (
+            {"instruction": "Hi", "input": "x", "chosen": A, "rejected": A},
+            "rename the one of these unread keys that holds it: instruction, input",
+        ),
+        ({"chosen": [A], "rejected": [A]}, "add one"),
+    ],
+)
+def test_answers_to_nothing_name_the_keys_that_may_hold_the_prompt(row: Any, remedy: str, format: str) -> None:
+    with pytest.raises(RowError) as caught:
+        dpo(row, format)
+    assert caught.value.reason == "no_prompt"
+    assert str(caught.value) == f"chosen is an answer alone and the row has no prompt; {remedy}"
+
+
 def test_a_named_format_takes_whole_conversations_without_a_prompt() -> None:
     """The keys of `preference` hold a prompt, so `auto` never sees such a row there; a format that is named does."""
     row = {"chosen": [U, A], "rejected": [U, {**A, "content": "No."}]}

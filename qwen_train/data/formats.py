@@ -467,24 +467,36 @@ def from_preference(row: dict[str, Any]) -> Preference:
         if not agrees:
             raise RowError("prompt_mismatch", "prompt is not the conversation that chosen and rejected begin with")
         return preference
-    prompt = _text_or_messages(row.get("prompt"), "prompt", "user")
+    if row.get("prompt") is None:
+        raise _no_prompt("chosen", row)
+    prompt = _text_or_messages(row["prompt"], "prompt", "user")
     answers = [_text_or_messages(row.get(name), name, "assistant") for name in ("chosen", "rejected")]
     return _preference(prompt, answers[0], answers[1], row)
 
 
 def from_implicit_preference(row: dict[str, Any]) -> Preference:
     """`{"chosen": [...], "rejected": [...], "system"?, "tools"?}`: conversations that share all but the answer."""
+    for name in ("chosen", "rejected"):
+        if isinstance(row.get(name), str | dict):
+            raise _no_prompt(name, row)
     chosen, rejected = _messages(row.get("chosen"), "chosen"), _messages(row.get("rejected"), "rejected")
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
             raise RowError("bad_answer", f"{name} must end with the assistant's answer, got {messages[-1]['role']}")
         if len(messages) < 2:
-            raise RowError("no_prompt", f"{name} is an answer alone and the row has no prompt; add one")
+            raise _no_prompt(name, row)
     if chosen[:-1] != rejected[:-1]:
         pairs = zip(chosen[:-1], rejected[:-1], strict=False)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)) - 1)
         raise RowError("prompt_mismatch", f"chosen and rejected differ at message {first}, before their last answer")
     return _preference(chosen[:-1], chosen[-1:], rejected[-1:], row)
+
+
+def _no_prompt(name: str, row: dict[str, Any]) -> RowError:
+    """What to say of an answer to nothing; the question often stands under a key of its own."""
+    unread = ", ".join(_unread(row, FORMATS["preference"]))
+    remedy = f"rename the one of these unread keys that holds it: {unread}" if unread else "add one"
+    return RowError("no_prompt", f"{name} is an answer alone and the row has no prompt; {remedy}")
 
 
 @dataclass(frozen=True)
