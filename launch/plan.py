@@ -29,7 +29,10 @@ def main(argv: list[str]) -> int:
     options, others = parser().parse_known_args(argv)
     check(options)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    _, config, _ = load_for_tool(options, others)
+    _, config, warnings = load_for_tool(options, others)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     # Only now, as --help and a mistyped field need not wait for transformers.
     from qwen_train.model.adapters import resolve_start
     from qwen_train.model.shapes import shape_of

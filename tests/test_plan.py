@@ -179,6 +179,19 @@ def test_exit_codes(arguments: list[str], code: int, capsys: pytest.CaptureFixtu
     assert ("DOES NOT FIT" in shown) >= (code == 1)
 
 
+def test_what_the_config_says_without_effect_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As the training does; under a launcher by one process."""
+    path = tmp_path / "full.yaml"
+    model = {"path": str(TINY / "model"), "from_scratch": True}
+    path.write_text(yaml.safe_dump({"model": model, "data": {"train": "x"}, "lora": {"enabled": False, "r": 8}}))
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert script().main(["--config", str(path), "--memory", "79"]) == 0
+        assert capsys.readouterr().err.count("warning: lora.r: has no effect, since") == times
+
+
 def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]):
     assert script().main([*FULL.split("="), "--gpus", "8", "--memory", "79", "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
