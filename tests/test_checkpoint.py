@@ -20,14 +20,13 @@ from qwen_train.train.checkpoint import (
     config_changes,
     find_checkpoint,
     finish_save,
-    load_checkpoint,
     require_same_result,
     save_checkpoint,
     saving,
     verify,
 )
 from qwen_train.train.files import clean_leftovers, write_tensors
-from tests.faults.saves import assert_whole, empty, names, save, tensors_of, truncate
+from tests.faults.saves import assert_whole, empty, load_checkpoint, names, save, tensors_of, truncate
 
 # Round trip ----------------------------------------------------------------------------------------------------------
 

@@ -92,9 +92,6 @@ class BlockReader:
                 )
             others.append(block)
 
-    def stems(self) -> list[str]:
-        return list(self._stored)
-
     def names(self, stem: str) -> list[str]:
         return list(self._stored.get(stem, {}))
 

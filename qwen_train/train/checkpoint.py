@@ -172,19 +172,11 @@ def verify(path: Path) -> None:
         )
 
 
-def load_checkpoint(path: Path, check: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors (file stem -> name -> tensor, on the CPU, dtypes as saved) and the state of a checkpoint.
-
-    `check=False` when `find_checkpoint` or `verify` has just hashed it. Opens the files of the manifest and no other.
-    """
-    if check:
-        verify(path)
-    reader, state = open_checkpoint(path)
-    return {stem: {name: reader.read(stem, name) for name in reader.names(stem)} for stem in reader.stems()}, state
-
-
 def open_checkpoint(path: Path) -> tuple[BlockReader, dict[str, Any]]:
-    """The same for reading tensors one by one, whole or a part of them; nothing is checked."""
+    """The tensors of a checkpoint, to be read one by one, whole or a part of them, and its state; nothing is verified.
+
+    Opens the files of the manifest and no other.
+    """
     files = _read_manifest(path)["files"]
     strangers = sorted(child.name for child in path.iterdir() if child.name not in files and child.name != MANIFEST)
     if strangers:

@@ -10,7 +10,7 @@ import torch
 
 from qwen_train.train import checkpoint
 from qwen_train.train.blocks import Block, Shard
-from qwen_train.train.checkpoint import SaveError, find_checkpoint, load_checkpoint, save_checkpoint
+from qwen_train.train.checkpoint import SaveError, find_checkpoint, open_checkpoint, save_checkpoint, verify
 from qwen_train.train.files import clean_leftovers
 from qwen_train.train.saver import Saver, write_shard
 
@@ -90,6 +90,13 @@ def equal(left: Tensors, right: Tensors) -> bool:
         )
         for stem in left
     )
+
+
+def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """All tensors (file stem -> name -> tensor) and the state of a checkpoint, verified."""
+    verify(path)
+    reader, state = open_checkpoint(path)
+    return {stem: {name: reader.read(stem, name) for name in reader.names(stem)} for stem in reader._stored}, state
 
 
 def assert_whole(path: Path, step: int) -> None:

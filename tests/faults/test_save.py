@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qwen_train.train import files
-from qwen_train.train.checkpoint import SaveError, find_checkpoint, load_checkpoint
+from qwen_train.train.checkpoint import SaveError, find_checkpoint, verify
 from qwen_train.train.files import clean_leftovers, require_free_space, write_json_atomic
 from tests.faults.saves import WAYS, assert_one_whole, assert_whole, empty, flip, names, save, truncate
 from tests.faulty_disk import FaultyDisk, PowerLoss, in_child, no_space
@@ -230,7 +230,7 @@ def test_damage_to_any_file_is_found_named_and_fallen_back_from(tmp_path, write,
         assert [path for path, _ in skipped] == [newest] and name in skipped[0][1]
         message = rf"step-000002: not a whole checkpoint, {name} .*run\.resume=auto"
         with pytest.raises(ValueError, match=message) as caught:
-            load_checkpoint(newest)
+            verify(newest)
         assert "\n" not in str(caught.value)
         assert_whole(found, 1)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from qwen_train.train import files, saver
-from qwen_train.train.checkpoint import SaveError, find_checkpoint, load_checkpoint, save_checkpoint
+from qwen_train.train.checkpoint import SaveError, find_checkpoint, save_checkpoint
 from qwen_train.train.saver import Saver
 from qwen_train.train.signals import Interrupted
+from tests.faults.saves import load_checkpoint
 from tests.faulty_disk import FaultyDisk, no_space
 
 STATE = {"run_id": "run"}

@@ -10,8 +10,9 @@ import safetensors
 import torch
 
 from qwen_train.train.blocks import BlockReader
-from qwen_train.train.checkpoint import find_checkpoint, load_checkpoint, open_checkpoint
+from qwen_train.train.checkpoint import find_checkpoint, open_checkpoint
 from tests.faults.runs import STOP_AFTER, Runs, digest, make_runs
+from tests.faults.saves import load_checkpoint
 from tests.scripts import Result, ScriptRunner, read_metrics
 from tests.test_fsdp import SHARDING
 
