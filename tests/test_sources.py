@@ -110,6 +110,34 @@ def test_json_lists_lines_and_single_objects(tmp_path: Any) -> None:
         list(read_rows(0, str(file)))
 
 
+@pytest.mark.parametrize("indent", [None, 2, "lines"])
+def test_a_json_list_named_as_lines_is_one_error(indent: Any, tmp_path: Any) -> None:
+    """It was one error a line, each in other words."""
+    rows = [{"n": 1}, {"n": [2]}]
+    text = "[" + ",\n".join(map(json.dumps, rows)) + "]" if indent == "lines" else json.dumps(rows, indent=indent)
+    for mark in ("", "\n", "\ufeff"):
+        (tmp_path / "a.jsonl").write_text(mark + text + "\n")
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl: this is a JSON list, not one object a line; name the file \.json$"
+        ):
+            list(read_rows(0, str(tmp_path / "a.jsonl")))
+    (tmp_path / "a.json").write_text(text)
+    assert [row for _, row in places_and_rows(tmp_path / "a.json")] == rows
+
+
+@pytest.mark.parametrize(("text", "rows"), [("[1]\n[2]\n", 2), ('{"n": [1]}\n', 1), ("", 0), ("\n", 0)])
+def test_lists_line_by_line_are_rows_of_their_own(text: str, rows: int, tmp_path: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    assert len(list(read_rows(0, str(tmp_path / "a.jsonl")))) == rows
+
+
+def test_parquet_files_of_other_columns_are_named_by_what_differs(tmp_path: Any) -> None:
+    for name, more in (("a", {}), ("b", {"extra": 1})):
+        datasets.Dataset.from_list([{"messages": [U, A], **more}]).to_parquet(str(tmp_path / f"{name}.parquet"))
+    with pytest.raises(ValueError, match=r"not a readable Parquet file: CastError: Couldn't cast .*extra: int64"):
+        list(read_rows(0, str(tmp_path)))
+
+
 def test_arrow_nulls_are_removed_and_own_nulls_are_not(tmp_path: Any) -> None:
     rows = [
         {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}]},

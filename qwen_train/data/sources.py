@@ -19,7 +19,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +232,8 @@ def _read_lines(source: int, path: str) -> Iterator[RawRow]:
     with open(Path(path).expanduser(), "rb") as stream:
         _refuse_utf16(path, stream.read(64))
         stream.seek(0)
+        _refuse_list(path, stream)
+        stream.seek(0)
         for index, line in enumerate(stream):
             if not (line := line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip():
                 continue
@@ -240,6 +242,17 @@ def _read_lines(source: int, path: str) -> Iterator[RawRow]:
             except UnicodeDecodeError as error:
                 problem = ("bad_encoding", f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8")
                 yield RawRow(source, path, index, "", has_lines=True, error=problem)
+
+
+def _refuse_list(path: str, lines: Iterable[bytes]) -> None:
+    """One error for a JSON list under the suffix of lines: the list in one line, or a bracket that a later one closes.
+
+    Lines that are each a list are rows in error, each with its number.
+    """
+    filled = (line for line in (raw.removeprefix(codecs.BOM_UTF8).strip() for raw in lines) if line)
+    first = next(filled, b"")
+    if first.startswith(b"[") and (next(filled, None) is None or not is_json(first.decode(errors="replace"))):
+        raise ValueError(f"{path}: this is a JSON list, not one object a line; name the file .json")
 
 
 def _read_json(source: int, path: str) -> Iterator[RawRow]:
@@ -278,7 +291,8 @@ def _load_arrow(path: str) -> Any:
         try:
             return datasets.Dataset.from_parquet(files)
         except Exception as error:  # pyarrow and datasets raise a dozen types for an unreadable file
-            raise ValueError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
+            reason = one_line(error.__cause__ or error)  # datasets wraps what is wrong in words that do not say it
+            raise ValueError(f"{path}: not a readable Parquet file: {reason}") from error
     if kind == "folder":
         try:
             return datasets.load_from_disk(str(_set_folder(path, "data")))
