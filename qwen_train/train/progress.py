@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 128
 """Steps whose losses and gradient norms a new one is compared with."""
+ANSWERS = "answers"
+"""How many answers an evaluation draws and how long, beside the splits that they are of."""
 
 
 @dataclass
@@ -49,6 +51,20 @@ class Progress:
     """Mean log-probability of the held-out answers at the first evaluation, by side, for losses without a reference."""
     evaluated: int = -1
     """The last step after which held-out data was evaluated; a resumed run makes up for one that was cut short."""
+    held_out: dict[str, str] = field(default_factory=dict)
+    """What evaluations are of: fingerprints of rows by split, and which answers are drawn (`ANSWERS`)."""
+    held_out_since: dict[str, int] = field(default_factory=dict)
+    """The step since which that is so, where it has changed: numbers from before are of something else."""
+
+    def hold_out(self, config: SFTConfig, fingerprints: Mapping[str, str]) -> None:
+        """Note of what evaluations are from now on. If it was something else before, one is due at once."""
+        answers = f"{config.run.eval_samples} of {config.run.eval_sample_tokens} tokens"
+        for name, what in {**fingerprints, ANSWERS: answers}.items():
+            if self.held_out.setdefault(name, what) != what:
+                self.held_out[name], self.held_out_since[name] = what, self.step
+                self.evaluated = -1
+                if name == "data.eval":
+                    self.start_logps = {}
 
     def remember(self, loss: float, grad_norm: float) -> None:
         """Let a step's loss and gradient norm, where they are finite, be among those that later ones are judged by."""
@@ -114,7 +130,8 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
     if state["data"] != data:
         changed = (
             f"{folder.checkpoint}: the data are no longer those of the run: files of data.train, the tokenizer, its "
-            "template or the code that reads them have changed"
+            "template, this project's code that reads them or the versions of transformers, tokenizers or jinja2 have "
+            "changed"
         )
         if not folder.config.run.accept_changes:
             raise ValueError(
