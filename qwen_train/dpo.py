@@ -114,6 +114,9 @@ def train(config: DPOConfig, run: Run) -> None:
     reference = Reference(config, model, tokenizer, run, folder.base)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     progress = restore(folder, model, optimizer, data.fingerprint)
+    if held_out:
+        of_skills = {"data.eval_sft": sft_data.fingerprint} if skills else {}
+        progress.hold_out(config, {"data.eval": eval_data.fingerprint, **of_skills})
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
     ref_logps = reference.of_data(run, data, collate, lengths)
     if held_out:
@@ -160,7 +163,7 @@ def train(config: DPOConfig, run: Run) -> None:
 
         if progress.step == 0:
             metrics.text(0, "how to read", HOW_TO_READ_DPO)
-        if progress.step == 0 or progress.step >= total_steps or due(progress.step, config.run.eval_every):
+        if progress.evaluated < 0 or progress.step >= total_steps or due(progress.step, config.run.eval_every):
             evaluate()
 
         # -- the loop -------------------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ def train(config: SFTConfig, run: Run) -> None:
     model = run.prepare(load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded))
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     progress = restore(folder, model, optimizer, data.fingerprint)
+    if held_out is not None:
+        progress.hold_out(config, {"data.eval": eval_data.fingerprint})
     config = settle(run, folder.config, config, model, optimizer, longest, shape)  # `auto`, measured
     record_config(run, folder, config)
     stream.tokens_per_microbatch = microbatch_tokens(config)
@@ -102,7 +104,7 @@ def train(config: SFTConfig, run: Run) -> None:
 
         if progress.step == 0:
             metrics.text(0, "how to read", HOW_TO_READ_SFT)
-        if progress.step == 0 or progress.step >= total_steps or due(progress.step, config.run.eval_every):
+        if progress.evaluated < 0 or progress.step >= total_steps or due(progress.step, config.run.eval_every):
             evaluate()
 
         # -- the loop -------------------------------------------------------------------------------------------------

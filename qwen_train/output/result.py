@@ -23,16 +23,16 @@ from qwen_train.train.distributed import Run
 from qwen_train.train.files import write_json_atomic
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.metrics import write_status
-from qwen_train.train.progress import Progress
+from qwen_train.train.progress import ANSWERS, Progress
 
 OUTCOMES = {
-    "eval/loss": "held-out loss",
-    "eval/logps/accuracies": "held-out preference accuracy (chosen is the likelier answer)",
-    "eval/rewards/accuracies": "held-out reward accuracy (chosen gained more since the start)",
-    "eval/exact_match": "right answers",
-    "eval/sft/exact_match": "right answers of the SFT evaluation",
+    "eval/loss": ("held-out loss", ("data.eval",)),
+    "eval/logps/accuracies": ("held-out preference accuracy (chosen is the likelier answer)", ("data.eval",)),
+    "eval/rewards/accuracies": ("held-out reward accuracy (chosen gained more since the start)", ("data.eval",)),
+    "eval/exact_match": ("right answers", ("data.eval", ANSWERS)),
+    "eval/sft/exact_match": ("right answers of the SFT evaluation", ("data.eval_sft", ANSWERS)),
 }
-"""What a run says of itself in the end: metric, before -> after."""
+"""What a run says of itself in the end: metric, and what it is of (`Progress.held_out`); before -> after."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Nats a token by which what is handed over may differ from what was trained: ten times what rounding does."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -65,7 +65,7 @@ def write_result(
     else:
         assert expected is not None
         result = _joined(folder.path, start, model, tensors, tokenizer, config, base_name, probe, expected)
-    first, last = _held_out_metrics(folder, progress)
+    evaluations = _evaluations(folder)
     card: dict[str, Any] = {
         "kind": result.kind,
         "method": "SFT" if type(config) is SFTConfig else "DPO",
@@ -79,7 +79,7 @@ def write_result(
             **{package: importlib.metadata.version(package) for package in PACKAGES},
             **result.facts,
         },
-        "metrics": last,
+        "metrics": evaluations.get(progress.step, {}),
         "datasets": [source.path for source in resolve_paths(config.data.train)],
         "lora": result.lora,
         "name": config.run.name,
@@ -88,10 +88,7 @@ def write_result(
     write_model_card(folder.path, weights=result.folder.name, **card)
     write_status(folder.path, "finished", step=progress.step, result=str(result.folder))
     run.note(*result.notes)
-    for name, title in OUTCOMES.items():
-        if name in first and name in last:
-            run.note(f"{title}: {first[name]:.3f} -> {last[name]:.3f}")
-    run.note(f"{result.folder.name}: {result.folder}")
+    run.note(*_outcomes(evaluations, progress), f"{result.folder.name}: {result.folder}")
 
 
 @dataclass(frozen=True)
@@ -154,18 +151,28 @@ def _joined(
     return _Result(joined.folder, "adapter", {"r": joined.r, "use_dora": False}, facts, (joined.note,))
 
 
-def _held_out_metrics(folder: RunFolder, progress: Progress) -> tuple[dict[str, float], dict[str, float]]:
-    """The first evaluation in metrics.jsonl and that of the last step, whose weights are handed over.
+def _evaluations(folder: RunFolder) -> dict[int, dict[str, float]]:
+    """The evaluations in metrics.jsonl, by step, in their order; the file holds null where a number was not finite."""
+    evaluations = {}
+    for text in (folder.path / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        values = {name: line[name] for name in line if name.startswith("eval/")}
+        if values:
+            evaluations[line["step"]] = {name: math.nan if value is None else value for name, value in values.items()}
+    return evaluations
 
-    The file holds null where a number was not finite.
+
+def _outcomes(evaluations: dict[int, dict[str, float]], progress: Progress) -> list[str]:
+    """What came of the run, a line a metric: its last value, and its first of the same held-out data if there is one.
+
+    The last value is of the weights that are handed over, or there is no line.
     """
-    evaluations = [
-        (
-            line["step"],
-            {name: math.nan if value is None else value for name, value in line.items() if name.startswith("eval/")},
-        )
-        for line in map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
-    ]
-    evaluations = [(step, values) for step, values in evaluations if values]
-    last = next((values for step, values in evaluations if step == progress.step), {})
-    return evaluations[0][1] if evaluations else {}, last
+    lines = []
+    for name, (title, splits) in OUTCOMES.items():
+        since = max(progress.held_out_since.get(split, 0) for split in splits)
+        values = {step: values[name] for step, values in evaluations.items() if name in values and step >= since}
+        if progress.step in values:
+            first = f"{values[min(values)]:.3f} -> " if len(values) > 1 else ""
+            changed = f" (what is evaluated changed at step {since})" if since else ""
+            lines.append(f"{title}: {first}{values[progress.step]:.3f}{changed}")
+    return lines

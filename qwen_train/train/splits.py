@@ -1,10 +1,11 @@
 """The rows that a training reads as token arrays, the same on every rank."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_train.config import SFTConfig
 from qwen_train.data.chat import ChatOptions
-from qwen_train.data.sources import data_splits
+from qwen_train.data.sources import data_splits, resolve_paths
 from qwen_train.data.tokenize import TokenDataset, tokenize
 from qwen_train.train.distributed import Run
 
@@ -31,7 +32,19 @@ def load_split(run: Run, config: SFTConfig, name: str, tokenizer: "PreTrainedTok
         )
     )
     run.require_alike(name, tokenized.fingerprint)
-    run.note(f"{name}: {tokenized.report.summary()}")
+    run.note(f"{name}: {tokenized.report.summary()}", *_trained_on(config, name, tokenized))
     if warning := tokenized.report.warning:
         run.note(f"{name}: {warning}")
     return tokenized
+
+
+def _trained_on(config: SFTConfig, name: str, held_out: TokenDataset) -> list[str]:
+    """A warning for each path of held-out rows that is one of data.train's too; single rows are launch/check.py's."""
+    if name == "data.train":
+        return []
+    trained = {Path(source.path).resolve() for source in resolve_paths(config.data.train)}
+    return [
+        f"warning: {name}: {path} is trained on as well; take it out of one of the two"
+        for path in held_out.paths
+        if Path(path).resolve() in trained
+    ]

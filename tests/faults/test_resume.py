@@ -166,6 +166,33 @@ def test_a_shortened_run_evaluates_what_it_hands_over(
         assert f"held-out loss: {first:.3f} -> {last:.3f}" in result.lines
 
 
+def test_no_comparison_across_held_out_data(runs: Runs, whole: Path):
+    """Other held-out rows are evaluated when they come, and the end compares with that; other answers likewise."""
+    assert [line for line in result_lines(runs, "whole") if "changed at" in line] == []
+    stopped(runs, "other-rows", "--run.eval_every=0")
+    reached = runs.steps("other-rows")[-1]
+    rows = f"--data.eval={runs.folder}/sft_train.jsonl"
+    result = runs.run("other-rows", rows, "--run.eval_every=0")
+    assert result.code == 0, result.output
+    log = {line["step"]: line for line in read_metrics(runs.folder / "other-rows") if "eval/loss" in line}
+    assert list(log) == [0, reached, STEPS] and abs(log[0]["eval/loss"] - log[reached]["eval/loss"]) > 0.1
+    loss, answers = [line for line in result.lines if " -> " in line and "changed at step" in line]
+    values = f"{log[reached]['eval/loss']:.3f} -> {log[STEPS]['eval/loss']:.3f}"
+    assert loss == f"held-out loss: {values} (what is evaluated changed at step {reached})"
+    assert answers.startswith("right answers: ")
+    warning = f"warning: data.eval: {runs.folder}/sft_train.jsonl is trained on as well; take it out of one of the two"
+    assert warning in result.lines and warning not in stopped(runs, "own-rows").lines
+
+    result = runs.run("own-rows", "--run.eval_samples=3", "--run.eval_every=0")
+    loss, answers = result_lines(runs, "own-rows")
+    assert result.code == 0 and "changed" not in loss and "changed at step" in answers, result.output
+
+
+def result_lines(runs: Runs, name: str) -> list[str]:
+    lines = (runs.folder / f"{name}.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith(("held-out loss: ", "right answers: "))]
+
+
 # --- a finished run ---------------------------------------------------------------------------------------------------
 
 
