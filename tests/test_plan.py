@@ -19,7 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config
 from qwen_train.model.memory import CARDS, GIB, Shape
 from qwen_train.model.shapes import QWEN3, QWEN25, known_shape, shape_of
-from qwen_train.output.plan_view import FIELDS, longest_row, markdown_table, plan, print_plan, shipped_configs
+from qwen_train.output.plan_view import (
+    FIELDS,
+    describe,
+    longest_row,
+    markdown_table,
+    plan,
+    print_measured,
+    print_plan,
+    shipped_configs,
+)
+from qwen_train.train.probe import Measured
 from tests.scripts import ROOT, TINY, ScriptRunner
 from tests.support import SHARED, needs_shared
 
@@ -50,6 +60,10 @@ def test_shipped_configs_fit_where_they_say(path: Path):
     assert any(layout.fits and layout.accelerate in named for layout in layouts)
     assert not any(layout.fits for layout in plan(config, shape, {"card": 2.0}, COUNTS[count]))
     assert f"configs/{path.name}" in head and config.run.name is not None
+    # Nor do they ask for more than the README's table does.
+    for card in (24, 80):
+        (alone,) = plan(config, shape, {"card": CARDS[f"{card} GB"]})
+        assert not alone.fits or (count == "One" and int(gigabytes) <= card), f"fits one card of {card} GB"
 
 
 def test_names_say_size_and_mode():
@@ -296,6 +310,26 @@ def test_real_steps(ranks: int, tmp_path: Path, scripts: ScriptRunner):
     measured = json.loads(next(line for line in result.lines if line.startswith("{")))["measured"]
     assert measured["world_size"] == ranks and measured["tokens_per_microbatch"] == 300
     assert measured["tokens_per_second"] == pytest.approx(2 * ranks * 300 / measured["step_seconds"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "words"),
+    [
+        ("cuda", 2, ["measured on 2 processes,", "peak 0.6 GiB, estimated 0.1"]),
+        ("cpu", 1, ["measured on 1 process,", "peak 0.6 GiB, resident memory of the process"]),
+    ],
+)
+def test_what_was_measured_in_words(device: str, ranks: int, words: list[str]):
+    """An estimate of a GPU's memory does not stand beside what the whole process takes."""
+    console = Console(file=io.StringIO(), width=200)
+    print_measured(Measured(device, ranks, 300, 0, 0.1, 0.6, 6570.0, None, 0.0, 0.6, 1.0, 0), console)
+    shown = console.file.getvalue()
+    assert all(word in shown for word in words) and ("estimated" in shown) == (device == "cuda")
+
+
+def test_small_models_are_counted_in_millions():
+    config, _ = load_config(SFTConfig, [])
+    assert f"{config.model.path}: 1.0 M parameters, 2 layers" in describe(config, shape_of(config.model))
 
 
 @pytest.mark.launch

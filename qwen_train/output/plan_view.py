@@ -99,8 +99,10 @@ def describe(config: SFTConfig, shape: Any) -> str:
     base = {"none": f"base in {config.model.dtype}", "nf4": "base in NF4", "fp8": "base in fp8"}
     mode = f"LoRA r {config.lora.r}, {base[config.model.quantization]}" if config.lora.enabled else "every weight"
     sizes = Shape.of(shape)
+    count = sizes.parameters
+    parameters = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
     return (
-        f"{config.model.path}: {sizes.parameters / 1e9:.2f} B parameters, {sizes.layers} layers; {task} of {mode}; "
+        f"{config.model.path}: {parameters} parameters, {sizes.layers} layers; {task} of {mode}; "
         f"longest row {longest_row(config):,} tokens"
     )
 
@@ -164,11 +166,14 @@ def _width(column: Sequence[str]) -> int:
 
 def print_measured(measured: Measured, console: Console) -> None:
     pairs = "" if measured.pairs_per_second is None else f", {measured.pairs_per_second:.2f} pairs/s"
+    processes = f"{measured.world_size} process{'es' * (measured.world_size > 1)}"
+    # The estimate is of a GPU's memory, in which no Python and no library lies.
+    beside = "resident memory of the process" if measured.device == "cpu" else f"estimated {measured.estimated_gib:.1f}"
     console.print(
-        f"measured on {measured.world_size} process(es), full micro-batches of the longest rows, all supervised:\n"
+        f"measured on {processes}, full micro-batches of the longest rows, all supervised:\n"
         f"  batch.tokens_per_microbatch {measured.tokens_per_microbatch}, model.checkpoint_layers "
         f"{measured.checkpoint_layers}\n"
-        f"  peak {measured.peak_gib:.1f} GiB, estimated {measured.estimated_gib:.1f}\n"
+        f"  peak {measured.peak_gib:.1f} GiB, {beside}\n"
         f"  {measured.tokens_per_second:,.0f} tokens/s{pairs}, {measured.model_tflops:,.1f} model TFLOP/s a GPU\n"
         f"  {measured.step_seconds:.2f} s a step, {measured.first_step_seconds:.1f} s to the end of the first, "
         f"{measured.compiled_graphs} compiled graphs",

@@ -178,12 +178,15 @@ def _forward_backward(run: Run, model: PackedLM, batch: Batch) -> None:
 class Measured:
     """Real worst-case steps of a config."""
 
+    device: str
+    """cuda or cpu."""
     world_size: int
     tokens_per_microbatch: int
     checkpoint_layers: int
     estimated_gib: float
+    """Of a GPU: what the training itself takes."""
     peak_gib: float
-    """The most of all ranks."""
+    """The most of all ranks; on the CPU the whole process's, Python and its libraries included."""
     tokens_per_second: float
     """Of all GPUs; the median step."""
     pairs_per_second: float | None
@@ -238,6 +241,7 @@ def measure(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Me
     estimate = estimate_memory(config, shape, tokens, recomputed_layers(config), run.shards)
     rate = microbatches.num_tokens / step_seconds
     return Measured(
+        device=run.device.type,
         world_size=run.world_size,
         tokens_per_microbatch=tokens,
         checkpoint_layers=recomputed_layers(config),
