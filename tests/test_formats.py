@@ -40,6 +40,7 @@ def sharegpt(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
     [
         ({"messages": [U, A]}, [U, A]),
         ({"messages": [U, A], "system": "S"}, [SYSTEM, U, A]),
+        ({"messages": [{**SYSTEM, "role": "developer"}, U, A]}, [SYSTEM, U, A]),
         ({"messages": [U, {"role": "assistant", "content": PARTS}]}, [U, A]),
         ({"messages": [U, U, A, A]}, [U, U, A, A]),
         ({"messages": [U, {**A, "train": False}]}, [U, {**A, "weight": 0.0}]),
@@ -58,6 +59,8 @@ def sharegpt(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
         ({"instruction": "Add", "input": "1 2", "output": "3", "system": "S", "history": [["Hi", "Hello."]]},
          [SYSTEM, U, A, {"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]),
         ({"conversations": sharegpt(("human", "Hi"), ("gpt", "Hello."))}, [U, A]),
+        ({"conversations": sharegpt(("human", "Hi"), ("chatgpt", "Hello."), ("bing", "Hello."), ("bard", "Hello."))},
+         [U, A, A, A]),
         ({"conversations": sharegpt(("system", "S"), ("human", "Hi"), ("function_call", json.dumps(CALL["function"])),
                                     ("observation", "3"), ("gpt", "Hello."))},
          [SYSTEM, U, CALLING, RESULT, A]),
@@ -76,6 +79,7 @@ def test_sft_rows(row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
     [
         {"prompt": [U], "chosen": [A], "rejected": [{**A, "content": "No."}]},
         {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."},
+        {"prompt": "Hi", "chosen": A, "rejected": {**A, "content": "No."}},
         {"chosen": [U, A], "rejected": [U, {**A, "content": "No."}]},
         {"prompt": "Hi", "chosen": [U, A], "rejected": [U, {**A, "content": "No."}], "score": 1},
         {"prompt": [U], "chosen": [U, A], "rejected": [U, {**A, "content": "No."}]},

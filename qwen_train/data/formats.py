@@ -180,6 +180,7 @@ def _message(value: Any, name: str) -> Message:
     if not isinstance(value, dict):
         raise RowError("bad_messages", f"{name} must be an object with role and content, got {type(value).__name__}")
     role = value.get("role")
+    role = "system" if role == "developer" else role  # OpenAI's later name for it
     if role not in ROLES:
         raise RowError("bad_role", f"{name} has the role {role!r}; known roles: {', '.join(ROLES)}")
     message: Message = {"role": role}
@@ -400,6 +401,9 @@ SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "function_call": "call",
     "tool_call": "call",
@@ -451,6 +455,7 @@ def from_sharegpt_preference(row: dict[str, Any]) -> Preference:
 def from_preference(row: dict[str, Any]) -> Preference:
     """`{"prompt", "chosen", "rejected", "system"?, "tools"?}`: message lists or texts, the answers without the prompt.
 
+    An answer may be its message alone, without the list.
     Answers that are whole conversations (they start with a system or user message) count as implicit prompts; a prompt
     given besides must then be among their messages.
     """
@@ -470,7 +475,8 @@ def from_preference(row: dict[str, Any]) -> Preference:
     if row.get("prompt") is None:
         raise _no_prompt("chosen", row)
     prompt = _text_or_messages(row["prompt"], "prompt", "user")
-    answers = [_text_or_messages(row.get(name), name, "assistant") for name in ("chosen", "rejected")]
+    given_answers = [(name, row.get(name)) for name in ("chosen", "rejected")]
+    answers = [_text_or_messages([v] if isinstance(v, dict) else v, name, "assistant") for name, v in given_answers]
     return _preference(prompt, answers[0], answers[1], row)
 
 
