@@ -136,14 +136,14 @@ def test_sigterm_while_a_save_is_on_its_way(stopped: Stopped):
     same_end(stopped.whole("sft", 1), runs.folder / "on-its-way")
 
 
-HANG_UP = STOP_AFTER.replace("SIGTERM", "SIGHUP").format(steps=4)
+HANG_UP = "reader, writer = os.pipe()\n        os.close(reader), os.dup2(writer, 2)\n        os.kill"
+HANG_UP = STOP_AFTER.replace("SIGTERM", "SIGHUP").replace("os.kill", HANG_UP).format(steps=4)
 
 
 @pytest.mark.slow
 def test_a_terminal_that_hangs_up_takes_no_step_with_it(stopped: Stopped):
     """The answer to SIGHUP cannot be written where nobody reads any more."""
-    prelude = f"import os\nreader, writer = os.pipe()\nos.close(reader), os.dup2(writer, 2)\n{HANG_UP}"
-    result = stopped.run("sft", "hung-up", 1, prelude=prelude)
+    result = stopped.run("sft", "hung-up", 1, prelude=HANG_UP)
     assert result.code == 128 + signal.SIGHUP, result.output
     assert stopped.of_kind["sft"].status("hung-up")["outcome"] == "interrupted"
     assert stopped.of_kind["sft"].steps("hung-up") == [2, 4]
