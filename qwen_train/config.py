@@ -829,7 +829,43 @@ def _one_line(message: str, config_class: type[SFTConfig]) -> str:
     return message
 
 
+OF_OTHER_TRAINERS = {
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "num_train_epochs": "run.epochs",
+    "num_epochs": "run.epochs",
+    "max_steps": "run.steps",
+    "output_dir": "run.dir",
+    "logging_steps": "run.log_every",
+    "eval_steps": "run.eval_every",
+    "save_steps": "run.save_every",
+    "save_total_limit": "run.keep",
+    "batch_size": "batch.sequences_per_step",
+    "micro_batch_size": "batch.sequences_per_step",
+    "per_device_train_batch_size": "batch.sequences_per_step",
+    "gradient_accumulation_steps": "batch.sequences_per_step",
+    "gradient_checkpointing": "model.checkpoint_layers",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "load_in_4bit": "model.quantization",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "beta": "loss.beta",
+    "loss_type": "loss.name",
+}
+"""What TRL, Axolotl and LLaMA-Factory call a field."""
+
+
 def _nearest(name: str, names: list[str]) -> str:
+    meant = OF_OTHER_TRAINERS.get(name.rpartition(".")[2].replace("-", "_"), "")
+    if meant and any(known in (meant, meant.partition(".")[0]) for known in names):
+        return f"; did you mean {meant}?"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return (
         f"; did you mean {near[0]}?"

@@ -248,7 +248,11 @@ MISTAKES = [
     ("--optim.lr=0", "optim.lr: must be > 0, got 0.0; 2e-5 suits LoRA"),
     ("--optim.nme=adamw", "optim.nme: no such field; did you mean optim.name?"),
     ("--optim.l=1", "optim.l: no such field; did you mean optim.lr?"),  # no abbreviations
-    ("--learning_rate=1", "learning_rate: no such field; see --help"),
+    ("--learning_rate=1", "learning_rate: no such field; did you mean optim.lr?"),
+    ("--optim.learning_rate=1", "optim.learning_rate: no such field; did you mean optim.lr?"),
+    ("--num-train-epochs=1", "num-train-epochs: no such field; did you mean run.epochs?"),
+    ("--beta=1", "beta: no such field; see --help"),  # of pairs only
+    ("--nonsense=1", "nonsense: no such field; see --help"),
     ("--optim=3", "optim: is a section; give its fields, as --optim.field value, or a file as --config"),
     ("train.jsonl", "command line: 'train.jsonl' belongs to no option; fields are given as --section.field value"),
     ("--optim.name=sgd", "optim.name: expected one of adamw, adamw_8bit, got 'sgd'"),
@@ -294,10 +298,19 @@ def test_a_mistake_is_one_line(words: str, message: str):
     assert str(error.value) == message
 
 
+def test_the_names_of_other_trainers_lead_to_fields_that_exist():
+    fields = config_module._field_types(DPOConfig)
+    assert set(config_module.OF_OTHER_TRAINERS.values()) <= set(fields)
+    with pytest.raises(ValueError, match=r"^beta: no such field; did you mean loss\.beta\?$"):
+        load_config(DPOConfig, ["--beta=1"])
+
+
 BAD_FILES = [
     ("model: 3\n", "model: must hold fields, got 3 in bad.yaml; write them below it, or leave it out"),
     ("optim:\n", "optim: must hold fields, got None in bad.yaml; write them below it, or leave it out"),
     ("optm: {lr: 1}\n", "optm: no such section in bad.yaml; did you mean optim?"),
+    ("learning_rate: 1\n", "learning_rate: no such section in bad.yaml; did you mean optim.lr?"),
+    ("lora: {lora_alpha: 1}\n", "lora.lora_alpha: no such field in bad.yaml; did you mean lora.alpha?"),
     ("zzz: {beta: 1}\n", "zzz: no such section in bad.yaml; there are model, lora, data, batch, optim, run"),
     ("loss: {beta: 1}\n", "loss: bad.yaml is a config of DPO; give it to launch/dpo.py"),
     ("optim: {lrr: 1}\n", "optim.lrr: no such field in bad.yaml; did you mean optim.lr?"),
