@@ -129,7 +129,6 @@ def train(config: DPOConfig, run: Run) -> None:
     if config.reference.precompute:
         reference.release()
     config = settle(run, folder.config, config, model, optimizer, int(lengths.max()), shape)  # `auto`, measured
-    record_config(run, folder, config)
     stream.tokens_per_microbatch = microbatch_tokens(config)
     flops = functools.partial(
         flops_per_token,
@@ -165,6 +164,8 @@ def train(config: DPOConfig, run: Run) -> None:
             metrics.text(0, "how to read", HOW_TO_READ_DPO)
         if progress.evaluated < 0 or progress.step >= total_steps or due(progress.step, config.run.eval_every):
             evaluate()
+
+        record_config(run, folder, config)
 
         # -- the loop -------------------------------------------------------------------------------------------------
         guard = Guard(run, folder.path, config.optim, data, stream, progress, optimizer, metrics)

@@ -75,7 +75,6 @@ def train(config: SFTConfig, run: Run) -> None:
     if held_out is not None:
         progress.hold_out(config, {"data.eval": eval_data.fingerprint})
     config = settle(run, folder.config, config, model, optimizer, longest, shape)  # `auto`, measured
-    record_config(run, folder, config)
     stream.tokens_per_microbatch = microbatch_tokens(config)
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
     flops = functools.partial(
@@ -106,6 +105,8 @@ def train(config: SFTConfig, run: Run) -> None:
             metrics.text(0, "how to read", HOW_TO_READ_SFT)
         if progress.evaluated < 0 or progress.step >= total_steps or due(progress.step, config.run.eval_every):
             evaluate()
+
+        record_config(run, folder, config)
 
         # -- the loop -------------------------------------------------------------------------------------------------
         guard = Guard(run, folder.path, config.optim, data, stream, progress, optimizer, metrics)

@@ -218,7 +218,7 @@ def num_adapter_parameters(model: PackedLM) -> int | None:
 
 
 def load_trainable(model: PackedLM, tensors: dict[str, Tensor]) -> None:
-    """Put saved values into the trained parameters; the names must be the same set."""
+    """Put saved values into the trained parameters; ValueError if names or shapes are not the same."""
     parameters = trainable_parameters(model)
     if parameters.keys() != tensors.keys():
         missing, extra = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
@@ -226,6 +226,14 @@ def load_trainable(model: PackedLM, tensors: dict[str, Tensor]) -> None:
             f"checkpoint: its parameters do not fit the model, missing {sorted(missing)[:3]}, unknown "
             f"{sorted(extra)[:3]}; resume with the config that wrote it"
         )
+    for name, parameter in parameters.items():
+        saved, own = list(tensors[name].shape), list(parameter.shape)
+        if saved != own:
+            raise ValueError(
+                f"checkpoint: {name} is {saved} there and {own} in the model; what gives trained weights their shapes, "
+                "as lora.r does, cannot change on resume: restore it, or choose another run.name (model.adapter starts "
+                "from the adapter of a finished run)"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

@@ -149,10 +149,9 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
             checkpoint, history = own, _accepted(changes, own)
     notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting from step 0")
     notes += history
-    history = (*_read_history(path), *history)
-    write_bytes_atomic(path / "config.yaml", _with_history(config, history))
     write_status(path, "running")
-    return RunFolder(path, config, False, run_id, checkpoint, tuple(notes), history)
+    # The new config is written when it trains (`record_config`): until then the run is what it was.
+    return RunFolder(path, config, False, run_id, checkpoint, tuple(notes), (*_read_history(path), *history))
 
 
 def _accepted(changes: list[ConfigChange], checkpoint: Path | None) -> tuple[str, ...]:
@@ -192,7 +191,10 @@ def require_shared(run: Run, folder: RunFolder) -> None:
 
 
 def record_config(run: Run, folder: RunFolder, config: SFTConfig) -> None:
-    """Write the config as it was resolved, for whoever reads the folder and for the resumed run."""
+    """Write the config as it was resolved, for whoever reads the folder and for the resumed run.
+
+    The loops call it when the next thing is a step: a change that trains nothing must not lock the old config out.
+    """
     if run.is_main:
         write_bytes_atomic(folder.path / "config.yaml", _with_history(config, folder.history))
 

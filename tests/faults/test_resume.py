@@ -74,6 +74,33 @@ def test_a_changed_config_goes_on_only_if_it_is_told_to(runs: Runs, whole: Path)
     assert "history" not in json.loads((whole / f"checkpoints/step-{STEPS:06d}/state.json").read_text())
 
 
+SIGNAL_BEFORE_THE_FIRST_STEP = """
+import os, signal
+import qwen_train.sft
+plan = qwen_train.sft.{function}
+def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    return plan(*args)
+qwen_train.sft.{function} = interrupted
+"""
+
+
+def test_a_change_that_trained_nothing_is_none(runs: Runs, whole: Path):
+    """Refused for its shapes, or stopped before its first step: the run is what it was, and the old command goes on."""
+    stopped(runs, "same")
+    before = (runs.folder / "same/config.yaml").read_text()
+    line = error(runs.run("same", "--lora.r=2", "--run.accept_changes=true"))
+    assert "is [4, " in line and "and [2, " in line and "as lora.r does, cannot change on resume" in line
+    for function in ("settle", "evaluate_sft"):
+        changed = ("--optim.lr=0.01", "--run.accept_changes=true", "--run.eval_samples=3")  # evaluated when it comes
+        result = runs.run("same", *changed, prelude=SIGNAL_BEFORE_THE_FIRST_STEP.format(function=function))
+        assert result.code == 128 + signal.SIGINT and "optim.lr was 0.001" in result.output, result.output
+        assert (runs.folder / "same/config.yaml").read_text() == before
+    result = runs.run("same")
+    assert result.code == 0, result.output
+    same_end(whole, runs.folder / "same")
+
+
 def test_a_checkpoint_by_name_under_another_config(runs: Runs, whole: Path):
     named = f"--run.resume={whole}/checkpoints/step-{STEPS - 2:06d}"
     assert "optim.lr was 0.001 and is now 0.01" in error(runs.run("branch", named, "--optim.lr=0.01"))
