@@ -19,6 +19,7 @@ from qwen_train.train.checkpoint import (
     config_changes,
     find_checkpoint,
     require_same_result,
+    saved_step,
     verify,
 )
 from qwen_train.train.distributed import Run
@@ -126,11 +127,14 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
     stored = _stored_config(path)
     config = _with_resolved(config, stored)
     changes = config_changes(stored, as_dict(config))
-    if not config.run.accept_changes:
+    finished = _outcome(path) == "finished"
+    if finished:
+        _require_nothing_new(changes, path)
+    elif not config.run.accept_changes:
         require_same_result(changes, path)
     notes = [f"{change.field}: {change.old} -> {change.new}" for change in changes]
     run_id = (path / "run_id").read_text()
-    if _outcome(path) == "finished":
+    if finished:
         return RunFolder(path, config, True, run_id, None, tuple(notes))
     notes += clean_leftovers(path) + clean_leftovers(path / "checkpoints")
     checkpoint, history = _named_checkpoint(config)
@@ -152,6 +156,19 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
     write_status(path, "running")
     # The new config is written when it trains (`record_config`): until then the run is what it was.
     return RunFolder(path, config, False, run_id, checkpoint, tuple(notes), (*_read_history(path), *history))
+
+
+def _require_nothing_new(changes: list[ConfigChange], path: Path) -> None:
+    """Refuse (ValueError, one line) to change or extend a finished run: its schedule has run out, its result is out."""
+    wrong = [change for change in changes if change.changes_result]
+    if wrong:
+        listing = ", ".join(f"{change.field} was {change.old!r} and is now {change.new!r}" for change in wrong)
+        last = path / "checkpoints" / f"step-{saved_step(path / 'checkpoints'):06d}"
+        on = f", to train on from here with run.resume={last} and run.accept_changes" if last.exists() else ""
+        raise ValueError(
+            f"{path}: the run is finished and cannot be changed or extended: {listing}; restore it, or choose another "
+            f"run.name{on}"
+        )
 
 
 def _accepted(changes: list[ConfigChange], checkpoint: Path | None) -> tuple[str, ...]:

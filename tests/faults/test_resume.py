@@ -233,6 +233,22 @@ def test_a_finished_run_says_so_however_it_is_resumed(runs: Runs, whole: Path, r
     assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("accept", ["--run.accept_changes=true", "--run.accept_changes=false"])
+def test_a_finished_run_is_not_extended_but_another_goes_on_from_it(runs: Runs, whole: Path, accept: str):
+    before = {path: digest(path) for path in whole.rglob("*") if path.is_file()}
+    more = f"--run.steps={STEPS + 2}"
+    line = error(runs.run("whole", more, accept))
+    named = f"run.resume={whole}/checkpoints/step-{STEPS:06d}"
+    assert f"is finished and cannot be changed or extended: run.steps was {STEPS} and is now {STEPS + 2}" in line
+    assert "choose another run.name" in line and f"{named} and run.accept_changes" in line
+    assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}
+    if accept.endswith("true"):
+        result = runs.run("extended", more, accept, f"--{named}")
+        assert result.code == 0 and [step["step"] for step in read_metrics(runs.folder / "extended")] == [13, 14]
+        assert runs.run("extended", more, accept, f"--{named}").code == 0, "run again by a scheduler"
+        assert runs.run("whole", accept).code == 0
+
+
 # --- space ------------------------------------------------------------------------------------------------------------
 
 LITTLE_SPACE = """
