@@ -134,7 +134,7 @@ def test_lists_line_by_line_are_rows_of_their_own(text: str, rows: int, tmp_path
 def test_parquet_files_of_other_columns_are_named_by_what_differs(tmp_path: Any) -> None:
     for name, more in (("a", {}), ("b", {"extra": 1})):
         datasets.Dataset.from_list([{"messages": [U, A], **more}]).to_parquet(str(tmp_path / f"{name}.parquet"))
-    with pytest.raises(ValueError, match=r"not a readable Parquet file: CastError: Couldn't cast .*extra: int64"):
+    with pytest.raises(ValueError, match=r"its Parquet files differ in the columns extra; give them the same ones"):
         list(read_rows(0, str(tmp_path)))
 
 

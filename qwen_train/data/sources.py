@@ -291,7 +291,14 @@ def _load_arrow(path: str) -> Any:
         try:
             return datasets.Dataset.from_parquet(files)
         except Exception as error:  # pyarrow and datasets raise a dozen types for an unreadable file
-            reason = one_line(error.__cause__ or error)  # datasets wraps what is wrong in words that do not say it
+            cause = error.__cause__ or error  # datasets wraps what is wrong in words that do not say it
+            if isinstance(cause, datasets.table.CastError) and len(files) > 1:  # its own text is two schemas
+                odd = sorted({*cause.table_column_names} ^ {*cause.requested_column_names})
+                raise ValueError(
+                    f"{path}: its Parquet files differ in the columns {', '.join(odd)}; give them the same ones, or "
+                    "list the files"
+                ) from error
+            reason = one_line(cause)
             raise ValueError(f"{path}: not a readable Parquet file: {reason}") from error
     if kind == "folder":
         try:

@@ -34,7 +34,7 @@ def load_split(run: Run, config: SFTConfig, name: str, tokenizer: "PreTrainedTok
     run.require_alike(name, tokenized.fingerprint)
     run.note(f"{name}: {tokenized.report.summary()}", *_trained_on(config, name, tokenized))
     if warning := tokenized.report.warning:
-        run.note(f"{name}: {warning}")
+        run.note(f"warning: {name}: {warning}")
     return tokenized
 
 
