@@ -656,9 +656,11 @@ def microbatches(world: World, *arguments: str) -> Any:
 
 
 def resuming(world: World, *arguments: str) -> Any:
-    """A second start of the same run, with the arguments."""
+    """A second start of the same run, which was stopped after its last checkpoint, with the arguments."""
     config = world.config(SFTConfig, "run.name=twice", "run.steps=1", "data.eval=null")
     sft.train(config, Run(42, False))
+    status = world.folder / "runs/twice/status.json"
+    status.write_text(status.read_text().replace('"finished"', '"interrupted"'))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
