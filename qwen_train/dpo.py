@@ -115,8 +115,8 @@ def train(config: DPOConfig, run: Run) -> None:
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     progress = restore(folder, model, optimizer, data.fingerprint)
     if held_out:
-        of_skills = {"data.eval_sft": sft_data.fingerprint} if skills else {}
-        progress.hold_out(config, {"data.eval": eval_data.fingerprint, **of_skills})
+        of_skills = {"data.eval_sft": sft_data.content} if skills else {}
+        progress.hold_out(config, {"data.eval": eval_data.content, **of_skills})
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
     ref_logps = reference.of_data(run, data, collate, lengths)
     if held_out:

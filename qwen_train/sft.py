@@ -73,7 +73,7 @@ def train(config: SFTConfig, run: Run) -> None:
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     progress = restore(folder, model, optimizer, data.fingerprint)
     if held_out is not None:
-        progress.hold_out(config, {"data.eval": eval_data.fingerprint})
+        progress.hold_out(config, {"data.eval": eval_data.content})
     config = settle(run, folder.config, config, model, optimizer, longest, shape)  # `auto`, measured
     stream.tokens_per_microbatch = microbatch_tokens(config)
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))

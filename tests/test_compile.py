@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor import compile_fx
 
 from qwen_train.data.packing import Batch, pack_pairs, pack_sequences
@@ -126,6 +127,29 @@ def test_a_recomputed_layer_with_dropout_is_compiled(monkeypatch: pytest.MonkeyP
     (logps, gradients), (again, recomputed) = results
     assert torch.equal(logps, again) and model.layers.fallback.reason is None
     assert farthest(recomputed, gradients) > 1e-2 if control else farthest(recomputed, gradients) <= 1e-6
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_compiler_that_fails_at_the_last_layer(monkeypatch: pytest.MonkeyPatch, dropout: float):
+    """The first one has run compiled by then: what recomputes it must be so, too, or saved tensors do not match."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(len(graphs))
+        if len(graphs) == 2:
+            raise RuntimeError("planted: no second graph")
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    plain = build(monkeypatch, dropout=dropout, checkpoint_layers=2)
+    model = build(monkeypatch, compile=True, dropout=dropout, checkpoint_layers=2)
+    results = []
+    for one in (plain, model, model):
+        torch.manual_seed(0)
+        results.append(logps_and_gradients(one, make_batch(0)))
+    assert model.layers.fallback.reason is not None and len(graphs) == 2
+    for logps, gradients in results[1:]:
+        assert torch.equal(logps, results[0][0]) and farthest(gradients, results[0][1]) <= 1e-6
 
 
 def without_the_generators_state(checkpoint: Any, *args: Any, preserve_rng_state: bool, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from qwen_train.model.adapters import (
     base_fingerprint,
     check_template,
     concatenate_adapters,
+    find_base,
     merge_adapter,
     resolve_start,
 )
@@ -202,7 +203,10 @@ def test_the_adapter_of_a_merge_start_holds_both_for_whoever_loads_it_plainly(
     assert gap(plain(base, start, batch), policy) > 1e-2
     config = json.loads((dpo / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4 + 8, 4 + 8, False)
-    assert json.loads((dpo / "adapter" / "base.json").read_text()) == {"base_sha256": base_fingerprint(base)}
+    assert json.loads((dpo / "adapter" / "base.json").read_text()) == {
+        "base_sha256": base_fingerprint(base),
+        "base": base,
+    }
     delta = json.loads((dpo / "adapter_delta" / "base.json").read_text())
     assert delta["merged"]["adapter"] == str(start) and len(delta["merged"]["adapter_sha256"]) == 64
     names = {file.name for file in (dpo / "adapter").iterdir()}
@@ -362,6 +366,16 @@ def test_the_base_is_the_adapters_own(start: Path, base: str, tmp_path: Path) ->
     edit_json(moved / "adapter" / "adapter_config.json", base_model_name_or_path="runs/gone/base")
     config, _ = resolve_start(dpo_config("--model.path", "x", "--model.adapter", str(moved / "adapter")))
     assert config.model.path == str(moved / "base")
+
+
+def test_the_base_of_a_moved_project_is_found_by_its_relative_name(start: Path, base: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(start, "adapter"), shutil.copytree(base, "models/base")
+    edit_json(Path("adapter/adapter_config.json"), base_model_name_or_path="/gone/models/base")
+    edit_json(Path("adapter/base.json"), base="models/base")
+    assert find_base("adapter") == "models/base"
+    edit_json(Path("adapter/base.json"), base="models/another")
+    assert find_base("adapter") is None
 
 
 def test_an_adapter_that_goes_on_keeps_its_own_settings(start: Path, tmp_path: Path) -> None:

@@ -125,7 +125,10 @@ def test_a_json_list_named_as_lines_is_one_error(indent: Any, tmp_path: Any) -> 
     assert [row for _, row in places_and_rows(tmp_path / "a.json")] == rows
 
 
-@pytest.mark.parametrize(("text", "rows"), [("[1]\n[2]\n", 2), ('{"n": [1]}\n', 1), ("", 0), ("\n", 0)])
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [("[1]\n[2]\n", 2), ('[INFO] 1 row\n{"n": 1}\n', 2), ('{"n": [1]}\n', 1), ("", 0), ("\n", 0)],
+)
 def test_lists_line_by_line_are_rows_of_their_own(text: str, rows: int, tmp_path: Any) -> None:
     (tmp_path / "a.jsonl").write_text(text)
     assert len(list(read_rows(0, str(tmp_path / "a.jsonl")))) == rows

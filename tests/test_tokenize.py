@@ -263,6 +263,15 @@ def test_whoever_finishes_second_keeps_the_firsts_folder(tmp_path: Path, monkeyp
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_content_is_the_rows_and_not_their_file(tmp_path: Path) -> None:
+    answers_by_file = {"a": ("Yes.", "No."), "b": ("Yes.", "No."), "c": ("Yes.", "Red."), "d": ("No.", "Yes.")}
+    contents = []
+    for name, answers in answers_by_file.items():
+        path = write(tmp_path / f"{name}.jsonl", [chat_row("Sure?", answer) for answer in answers])
+        contents.append(run(path, tmp_path / "cache").content)
+    assert contents[0] == contents[1] and len({*contents}) == 3
+
+
 def test_judged_rows_hold_every_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [chat_row("Hi", "Red."), chat_row("Hi", ""), chat_row("Hi", "Red. " * 300)]

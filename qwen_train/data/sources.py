@@ -251,7 +251,9 @@ def _refuse_list(path: str, lines: Iterable[bytes]) -> None:
     """
     filled = (line for line in (raw.removeprefix(codecs.BOM_UTF8).strip() for raw in lines) if line)
     first = next(filled, b"")
-    if first.startswith(b"[") and (next(filled, None) is None or not is_json(first.decode(errors="replace"))):
+    alone = first.startswith(b"[") and next(filled, None) is None
+    opens = re.match(rb"\[\s*(\{|$)", first) is not None and not is_json(first.decode(errors="replace"))
+    if alone or opens:
         raise ValueError(f"{path}: this is a JSON list, not one object a line; name the file .json")
 
 

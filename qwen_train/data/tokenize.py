@@ -181,6 +181,15 @@ class TokenDataset:
     def paths(self) -> list[str]:
         return [source.path for source in self.sources]
 
+    @property
+    def content(self) -> str:
+        """Hash of the token arrays: the same for the same rows, wherever their files lie."""
+        digest = hashlib.sha256()
+        for batch in self.dataset.data.to_batches():
+            for buffer in (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None):
+                digest.update(buffer)
+        return digest.hexdigest()
+
     def column(self, name: str) -> np.ndarray:
         """A column of single numbers (length, total_weight, source, row) as one array."""
         return np.asarray(self.dataset.data.column(name).to_numpy())

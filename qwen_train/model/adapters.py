@@ -75,13 +75,15 @@ def read_base(folder: str | Path) -> dict[str, Any]:
 
 
 def find_base(folder: str | Path) -> str | None:
-    """The base that an adapter names: a folder, a hub id, or for a run that was moved the base beside the adapter."""
+    """The base that an adapter names: a folder, a hub id, or for a run that was moved the base beside the adapter.
+
+    Where a whole project was moved, the folder is looked for by the name it had in the working directory.
+    """
     named = read_adapter_config(folder).base_model_name_or_path or ""
-    if Path(named).exists() and named:
-        return str(named)
     beside = Path(folder).absolute().parent / "base"
-    if beside.is_dir():
-        return str(beside)
+    for place in (named, beside, read_base(folder).get("base")):
+        if place and Path(place).exists():
+            return str(place)
     return str(named) if re.fullmatch(r"\w[\w.-]*/[\w.-]+", named) else None
 
 

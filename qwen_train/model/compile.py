@@ -7,7 +7,7 @@ graphs, the layers run as written from then on, and a line says so and why; like
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -66,6 +66,23 @@ class Fallback:
 
         return call
 
+    def guard_repeated(self, compiled: Forward, plain: Forward) -> Forward:
+        """`guard` for one forward and its recomputation, in which what ran first runs again: others save other tensors.
+
+        The compiler may have failed between the two, in another layer.
+        """
+        guarded, first = self.guard(compiled, plain), None
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal first
+            if first is not None:
+                return first(*args, **kwargs)
+            result = guarded(*args, **kwargs)
+            first = compiled if self.reason is None else plain
+            return result
+
+        return call
+
     def mind_breaks(self) -> None:
         """Say, once, what the compiler left out: it runs that as written, and all of a recomputed layer, in silence."""
         if not self.broken:
@@ -116,16 +133,19 @@ class DecoderLayers:
         total = len(self.layers)
         chosen = {index * total // count for index in range(count)} if count < total else set(range(total))
         for index, (layer, forward) in enumerate(zip(self.layers, self.plain, strict=True)):
-            inside, around = index in chosen and not self.dropout, index in chosen and self.dropout
+            around = index in chosen and self.compiled and self.dropout
+            inside = index in chosen and not around
             module: Any
             for module in layer.modules():
                 if hasattr(module, "recomputed"):  # lora.py's feed-forward layer recomputes in an operation of its own
                     module.recomputed = inside
             if inside:
-                forward = _with_own_code(_recomputing(forward, preserve_rng_state=False), forward)
+                forward = _with_own_code(_recomputing(forward, preserve_rng_state=self.dropout), forward)
             if self.compiled:
-                forward = self.fallback.guard(_with_dynamic_lengths(torch.compile(forward)), forward)
-            layer.forward = _recomputing(forward, preserve_rng_state=True) if around else forward
+                compiled = _with_dynamic_lengths(torch.compile(forward))
+                repeated = partial(self.fallback.guard_repeated, compiled, forward)
+                forward = _recomputing_around(repeated) if around else self.fallback.guard(compiled, forward)
+            layer.forward = forward
 
 
 def _configure_compiler() -> None:
@@ -166,6 +186,15 @@ def _recomputing(forward: Forward, preserve_rng_state: bool) -> Forward:
         return checkpoint(
             forward, hidden_states, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
         )
+
+    return recomputing
+
+
+def _recomputing_around(guarded: Callable[[], Forward]) -> Forward:
+    def recomputing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return guarded()(hidden_states, *args, **kwargs)
+        return checkpoint(guarded(), hidden_states, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
 
     return recomputing
 

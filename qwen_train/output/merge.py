@@ -145,7 +145,7 @@ def write_joined(
     else:
         r = joined.peft_config["default"].r  # type: ignore[attr-defined]
         write_adapter(target, joined, None, tokenizer, base)
-        write_json_atomic(target / BASE, {"base_sha256": read_base(delta)["original_base_sha256"]})
+        write_json_atomic(target / BASE, {"base_sha256": read_base(delta)["original_base_sha256"], "base": base})
         model = packed(load_adapter(without_adapters(joined), target), tokenizer)
         difference = Difference.between(score(model, probe), expected)
         if difference.mean <= tolerance:

@@ -118,7 +118,8 @@ def _adapter(
     base_name: str,
 ) -> _Result:
     write_adapter(folder, lm, tensors, tokenizer, base_name)
-    write_json_atomic(folder / BASE, {"base_sha256": base_fingerprint(base_name, config.model.revision)})
+    sha256 = base_fingerprint(base_name, config.model.revision)
+    write_json_atomic(folder / BASE, {"base_sha256": sha256, "base": base_name})
     return _Result(folder, "adapter", {"r": config.lora.r, "use_dora": config.lora.use_dora})
 
 

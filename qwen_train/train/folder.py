@@ -210,7 +210,8 @@ def require_shared(run: Run, folder: RunFolder) -> None:
 def record_config(run: Run, folder: RunFolder, config: SFTConfig) -> None:
     """Write the config as it was resolved, for whoever reads the folder and for the resumed run.
 
-    The loops call it when the next thing is a step: a change that trains nothing must not lock the old config out.
+    The loops call it when the next thing is a step, or the result: a change that trains nothing must not lock the old
+    config out.
     """
     if run.is_main:
         write_bytes_atomic(folder.path / "config.yaml", _with_history(config, folder.history))

@@ -148,6 +148,8 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
     load_optimizer_state(optimizer, parameters.items(), values)
     known = {one.name: state[one.name] for one in fields(Progress) if one.name in state}
     progress = Progress(**known | {"data": data})
+    if folder.checkpoint.parent.resolve() != folder.checkpoints.resolve():
+        progress.evaluated = -1  # in another run's folder, whose numbers are not in this one's log
     if state["config"]["batch"]["tokens_per_microbatch"] != folder.config.batch.tokens_per_microbatch:
         progress.tokens_per_microbatch = None  # a new number counts
     return progress

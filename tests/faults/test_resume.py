@@ -107,7 +107,8 @@ def test_a_checkpoint_by_name_under_another_config(runs: Runs, whole: Path):
     assert not (runs.folder / "branch").exists()
     result = runs.run("branch", named, "--optim.lr=0.01", "--run.accept_changes=true")
     assert result.code == 0 and f"changed after step-{STEPS - 2:06d}: optim.lr was" in result.output, result.output
-    assert [line["step"] for line in read_metrics(runs.folder / "branch")] == [STEPS - 1, STEPS]
+    assert [line["step"] for line in read_metrics(runs.folder / "branch")] == [STEPS - 2, STEPS - 1, STEPS]
+    assert [line for line in result.lines if line.startswith("held-out loss: ") and " -> " in line]
 
 
 @pytest.mark.slow
@@ -132,7 +133,7 @@ def test_a_command_that_names_a_checkpoint_may_be_run_again(runs: Runs, whole: P
     assert result.code == -signal.SIGKILL and runs.status("requeued")["outcome"] == "running", result.output
     result = runs.run("requeued", *words)
     assert result.code == 0 and f"going on from {runs.folder}/requeued/checkpoints/step-" in result.output
-    assert [line["step"] for line in read_metrics(runs.folder / "requeued")] == [STEPS - 1, STEPS]
+    assert [line["step"] for line in read_metrics(runs.folder / "requeued")] == [STEPS - 2, STEPS - 1, STEPS]
 
 
 def test_checkpoints_that_cannot_be_read_are_no_reason_to_start_anew(runs: Runs, whole: Path):
@@ -244,7 +245,7 @@ def test_a_finished_run_is_not_extended_but_another_goes_on_from_it(runs: Runs, 
     assert before == {path: digest(path) for path in whole.rglob("*") if path.is_file()}
     if accept.endswith("true"):
         result = runs.run("extended", more, accept, f"--{named}")
-        assert result.code == 0 and [step["step"] for step in read_metrics(runs.folder / "extended")] == [13, 14]
+        assert result.code == 0 and [step["step"] for step in read_metrics(runs.folder / "extended")] == [12, 13, 14]
         assert runs.run("extended", more, accept, f"--{named}").code == 0, "run again by a scheduler"
         assert runs.run("whole", accept).code == 0
 
