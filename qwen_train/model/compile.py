@@ -143,8 +143,10 @@ class DecoderLayers:
                 forward = _with_own_code(_recomputing(forward, preserve_rng_state=self.dropout), forward)
             if self.compiled:
                 compiled = _with_dynamic_lengths(torch.compile(forward))
-                repeated = partial(self.fallback.guard_repeated, compiled, forward)
-                forward = _recomputing_around(repeated) if around else self.fallback.guard(compiled, forward)
+                if around:
+                    forward = _recomputing_around(partial(self.fallback.guard_repeated, compiled, forward))
+                else:
+                    forward = self.fallback.guard(compiled, forward)
             layer.forward = forward
 
 
@@ -191,10 +193,10 @@ def _recomputing(forward: Forward, preserve_rng_state: bool) -> Forward:
 
 
 def _recomputing_around(guarded: Callable[[], Forward]) -> Forward:
+    """`guarded` gives each forward a function of its own, for itself and its recomputation."""
+
     def recomputing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return guarded()(hidden_states, *args, **kwargs)
-        return checkpoint(guarded(), hidden_states, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+        return _recomputing(guarded(), preserve_rng_state=True)(hidden_states, *args, **kwargs)
 
     return recomputing
 

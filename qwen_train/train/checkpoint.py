@@ -301,13 +301,17 @@ def config_changes(old: dict[str, Any], new: dict[str, Any]) -> list[ConfigChang
 
 def require_same_result(changes: list[ConfigChange], checkpoint: Path) -> None:
     """Refuse (ValueError, one line) to go on under a config that would lead elsewhere than the run's own."""
-    wrong = [change for change in changes if change.changes_result]
-    if wrong:
-        listing = ", ".join(f"{change.field} was {change.old!r} and is now {change.new!r}" for change in wrong)
+    if listing := changes_of_result(changes):
         raise ValueError(
             f"{checkpoint}: the config has changed in what shapes the result: {listing}; "
             "restore it to resume, start over with another run.name, or set run.accept_changes"
         )
+
+
+def changes_of_result(changes: list[ConfigChange]) -> str:
+    """The changes that would lead elsewhere, with both values; "" if none would."""
+    wrong = [change for change in changes if change.changes_result]
+    return ", ".join(f"{change.field} was {change.old!r} and is now {change.new!r}" for change in wrong)
 
 
 def _leaves(config: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import yaml
 from qwen_train.config import SFTConfig, as_dict, to_yaml
 from qwen_train.train.checkpoint import (
     ConfigChange,
+    changes_of_result,
     config_changes,
     find_checkpoint,
     require_same_result,
@@ -160,9 +161,7 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
 
 def _require_nothing_new(changes: list[ConfigChange], path: Path) -> None:
     """Refuse (ValueError, one line) to change or extend a finished run: its schedule has run out, its result is out."""
-    wrong = [change for change in changes if change.changes_result]
-    if wrong:
-        listing = ", ".join(f"{change.field} was {change.old!r} and is now {change.new!r}" for change in wrong)
+    if listing := changes_of_result(changes):
         last = path / "checkpoints" / f"step-{saved_step(path / 'checkpoints'):06d}"
         on = f", to train on from here with run.resume={last} and run.accept_changes" if last.exists() else ""
         raise ValueError(
