@@ -539,7 +539,8 @@ def test_kernels_equal_the_reference(backend, heads, name):
     ours = run_with_grads(packed(batch, backend), qkv)
     for value, expected in zip(ours, reference, strict=True):
         assert value.dtype == torch.bfloat16
-        assert (value.float() - expected).norm() <= 1e-2 * expected.norm()
+        # Of one token alone the gradients of q and k are zero, and what is left of either is rounding.
+        assert (value.float() - expected).norm() <= max(1e-2 * expected.norm(), 1e-4)
     # max_q and max_k may be upper bounds.
     batch.max_q, batch.max_k = 4 * batch.max_q, 4 * batch.max_k
     assert max_difference([packed(batch, backend)(*qkv)], ours[:1]) <= 1e-2

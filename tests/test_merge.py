@@ -27,7 +27,7 @@ from qwen_train.model.adapters import (
     merge_adapter,
     resolve_start,
 )
-from qwen_train.model.load import _adapted, load_model_config, load_tokenizer, place_of_weights
+from qwen_train.model.load import _adapted, load_model, load_model_config, load_tokenizer, place_of_weights
 from qwen_train.model.packed import load_trainable, trainable_parameters
 from qwen_train.model.shapes import known_shape
 from qwen_train.output.merge import device_with_room, load_plainly, packed, score, write_joined
@@ -42,7 +42,7 @@ from tests.preferences import (
     pairs_of,
     run_dpo,
 )
-from tests.scripts import FreshProcess, ScriptRunner, read_metrics
+from tests.scripts import TINY, FreshProcess, ScriptRunner, read_metrics
 
 TOLERANCE = 1e-5  # nats, fp32
 CPU = torch.device("cpu")
@@ -162,6 +162,48 @@ def test_an_nf4_merge_start_quantises_the_merged_weights(
             assert kept.nested and torch.equal(kept.absmax, state.absmax) and torch.equal(kept.offset, state.offset)
             assert torch.equal(kept.state2.absmax, state.state2.absmax)
     assert torch.equal(model.causal_lm.lm_head.weight.cpu(), merged.lm_head.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nf4_weights_that_nobody_keeps_are_drawn_a_layer_at_a_time(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a measurement needs no room for the model in bfloat16, on the card or beside it."""
+    given = ("--model.path", str(TINY / "model"), "--model.from_scratch", "true", "--model.quantization", "nf4")
+    config = dpo_config(*given, "--model.dtype", "bfloat16", "--lora.r", "4")
+    dense, largest = 0, 0
+    to_empty, to = torch.nn.Module.to_empty, bnb.nn.Params4bit.to
+
+    def emptying(module: torch.nn.Module, **where: Any) -> torch.nn.Module:
+        nonlocal dense, largest
+        dense += sum(isinstance(part, torch.nn.Linear) for part in module.modules())
+        largest = max(largest, dense)
+        return to_empty(module, **where)
+
+    def quantising(weight: bnb.nn.Params4bit, *where: Any, **named: Any) -> Any:
+        nonlocal dense
+        dense -= not weight.bnb_quantized
+        return to(weight, *where, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", emptying)
+    monkeypatch.setattr(bnb.nn.Params4bit, "to", quantising)
+    model = load_model(config, load_tokenizer(config.model), torch.device(device), None, is_main=False)
+    assert largest == 7, "linear layers of one decoder layer, in bfloat16"
+    lm = model.causal_lm
+    assert {tensor.device.type for tensor in (*lm.parameters(), *lm.buffers())} == {device}
+    with torch.device(device):
+        expected = AutoModelForCausalLM.from_config(lm.config, dtype=torch.bfloat16)
+    assert torch.equal(lm.model.rotary_emb.inv_freq, expected.model.rotary_emb.inv_freq)
+    assert (lm.lm_head.weight is lm.model.embed_tokens.weight) == lm.config.tie_word_embeddings
+    drawn = dict(lm.named_parameters())
+    for name, tensor in expected.named_parameters():
+        ours = drawn[name] if name in drawn else drawn[name.replace("proj.", "proj.base_layer.")]
+        if getattr(ours, "quant_state", None) is not None:
+            assert ours.quant_state.nested, name
+            ours = bnb.functional.dequantize_4bit(ours, ours.quant_state)
+        spread = tensor.float().std()
+        assert abs(ours.float().std() - spread) <= 0.1 * spread, name
+        assert abs(ours.float().mean() - tensor.float().mean()) <= 0.1 * spread, name
 
 
 @pytest.mark.parametrize(("gigabytes", "place"), [(24, "cuda"), (16, "cpu")])

@@ -123,7 +123,7 @@ def load_model(
     config: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    base: Path,
+    base: Path | None,
     is_main: bool,
     frozen_copy: bool = False,
     sharded: bool = False,
@@ -132,10 +132,10 @@ def load_model(
     """The model of a run on `device`: weights, adapter, attention, compilation, checkpointing.
 
     `base` is the run's own folder for the weights of a `from_scratch` run: read if it is there, else, when an adapter
-    is trained, written by the main process. `frozen_copy` keeps the adapter that training continues a second time, as
-    the reference. `sharded`: for FSDP2 the model stays on the meta device, in the types of its shards, and the main
-    process reads the weights beside it (`PackedLM.source`). `frozen`: nothing of it is trained (a second model as the
-    reference). Raises ValueError for what the user can mend.
+    is trained, written by the main process; None for random weights that nobody keeps. `frozen_copy` keeps the adapter
+    that training continues a second time, as the reference. `sharded`: for FSDP2 the model stays on the meta device, in
+    the types of its shards, and the main process reads the weights beside it (`PackedLM.source`). `frozen`: nothing of
+    it is trained (a second model as the reference). Raises ValueError for what the user can mend.
     """
     model_config = load_model_config(config.model)
     end, pad = special_tokens(tokenizer, model_config.model_type)
@@ -183,7 +183,7 @@ def _adapted(
     model_config: Any,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    base: Path,
+    base: Path | None,
     is_main: bool,
     frozen_copy: bool,
     on_cpu: bool = False,
@@ -208,10 +208,15 @@ def _empty(
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
         adapted = _with_adapter(lm, config, frozen_copy)
-    rotary = lm.model.rotary_emb
-    with device:
-        lm.model.rotary_emb = type(rotary)(lm.config)
+    _compute_rotary(lm, device)
     return adapted
+
+
+def _compute_rotary(lm: PreTrainedModel, device: torch.device) -> None:
+    """Give a model made on the meta device its rotary table."""
+    rotary: Any = type(lm.model.rotary_emb)
+    with device:
+        lm.model.rotary_emb = rotary(lm.config)
 
 
 def _base_model(
@@ -219,7 +224,7 @@ def _base_model(
     model_config: Any,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    base: Path,
+    base: Path | None,
     write_base: bool,
 ) -> PreTrainedModel:
     dtype = getattr(torch, config.model.dtype)
@@ -227,7 +232,7 @@ def _base_model(
         torch.manual_seed(config.run.seed)
         with torch.device(device):
             lm = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
-        if write_base:
+        if write_base and base is not None:
             _write_base(lm, tokenizer, base)
         return lm
     path = str(base) if config.model.from_scratch else config.model.path
@@ -277,26 +282,29 @@ def read_weights(path: str, **options: Any) -> PreTrainedModel:
 
 
 def place_of_weights(
-    config: SFTConfig, model_config: Any, device: torch.device, base: Path, on_cpu: bool = False
+    config: SFTConfig, model_config: Any, device: torch.device, base: Path | None, on_cpu: bool = False
 ) -> torch.device:
     """Where the weights are read or drawn: on `device`, or beside it if they are quantised only when they are whole.
 
     So are a merge start and random weights of NF4, whose card need not hold the model in bfloat16. They stay on a card
     that can: each process of a machine would hold them in its memory, and drawing takes minutes there (20 million a
-    second). `on_cpu`: weights are read there.
+    second). Random weights that nobody keeps are nowhere yet (meta): `quantize_nf4` draws them layer by layer.
+    `on_cpu`: weights are read there.
     """
     draws = _draws(config, base)
     if on_cpu and not draws:
         return torch.device("cpu")
+    if config.model.quantization == "nf4" and base is None:
+        return torch.device("meta")
     if config.model.quantization != "nf4" or not (draws or config.model.merges) or device.type != "cuda":
         return device
     room = DENSE_SHARE * torch.cuda.get_device_properties(device).total_memory
     return device if 2 * Shape.of(model_config).parameters <= room else torch.device("cpu")
 
 
-def _draws(config: SFTConfig, base: Path) -> bool:
+def _draws(config: SFTConfig, base: Path | None) -> bool:
     """Whether the base is drawn at random; otherwise it is read."""
-    return config.model.from_scratch and not base.exists()
+    return config.model.from_scratch and (base is None or not base.exists())
 
 
 def _nf4_config(config: SFTConfig) -> BitsAndBytesConfig | None:
@@ -312,10 +320,16 @@ def _nf4_config(config: SFTConfig) -> BitsAndBytesConfig | None:
 
 
 def quantize_nf4(lm: PreTrainedModel, device: torch.device) -> None:
-    """Quantise the decoder's linear layers in place, each on its way to `device`, and bring the rest there as it is."""
+    """Quantise the decoder's linear layers in place, each on its way to `device`, and bring the rest there as it is.
+
+    What is on the meta device is drawn at random first, a layer at a time.
+    """
     import bitsandbytes as bnb  # costs seconds, and only this mode needs it
 
+    drawn = lm.device.type == "meta"
     for layer in lm.model.layers:
+        if drawn:
+            layer.to_empty(device=device).apply(lm._init_weights)
         for name, linear in list(layer.named_modules()):
             if isinstance(linear, nn.Linear):
                 new = bnb.nn.Linear4bit(
@@ -333,6 +347,11 @@ def quantize_nf4(lm: PreTrainedModel, device: torch.device) -> None:
                 new.weight = weight.to(device)  # type: ignore[misc]  # quantises
                 new.bias = linear.bias
                 layer.set_submodule(name, new)
+    if drawn:
+        for module in (lm.model.embed_tokens, lm.model.norm, lm.lm_head):
+            module.to_empty(device=device).apply(lm._init_weights)
+        lm.tie_weights()
+        _compute_rotary(lm, device)
     lm.to(device)  # type: ignore[arg-type]
     lm.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT asks
 

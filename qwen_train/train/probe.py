@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -266,13 +265,12 @@ def _scratch_run(run: Run, config: Config, shape: Any) -> tuple[Config, PackedLM
             start = dataclasses.replace(config.reference, source="auto", path=None)  # of random weights, too
             config = dataclasses.replace(config, reference=start)
         tokenizer: Any = _ControlTokens()
-        base = Path(folder) / "base"
-        model = load_model(config, tokenizer, run.device, base, is_main=False, sharded=run.sharded)
+        model = load_model(config, tokenizer, run.device, None, is_main=False, sharded=run.sharded)
         model = run.prepare(model)
         if run.sharded:
             _fill_shards(model)
         optimizer = build_optimizer(model.named_parameters(), config.optim)
-        reference = Reference(config, model, tokenizer, run, base) if _asks_reference(config) else None
+        reference = Reference(config, model, tokenizer, run, None) if _asks_reference(config) else None
     return config, model, optimizer, reference
 
 

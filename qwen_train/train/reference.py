@@ -60,9 +60,9 @@ class Reference:
     """The frozen model that the policy is compared with, in evaluation mode and without gradient."""
 
     def __init__(
-        self, config: DPOConfig, policy: PackedLM, tokenizer: "PreTrainedTokenizerBase", run: Run, base: Path
+        self, config: DPOConfig, policy: PackedLM, tokenizer: "PreTrainedTokenizerBase", run: Run, base: Path | None
     ) -> None:
-        """For source `model` this loads the second model; `base` holds the base weights of a `from_scratch` run."""
+        """For source `model` this loads the second model; `base` is that of `load_model`."""
         self.config = config
         self.source = reference_source(config)
         self.device = run.device
@@ -206,7 +206,7 @@ def _reference_tokenizer(config: DPOConfig) -> "PreTrainedTokenizerBase":
         raise ValueError(str(error).replace("model.path:", "reference.path:")) from None
 
 
-def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: Run, base: Path) -> PackedLM:
+def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: Run, base: Path | None) -> PackedLM:
     """`reference.path`, or without one a second copy of what training starts from; frozen."""
     model = config.model
     if config.reference.path is not None:
