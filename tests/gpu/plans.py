@@ -1,6 +1,6 @@
 """Estimates beside measured peaks: `launch/plan.py --measure` of many cases, one line of JSON each.
 
-    python tests/gpu/plans.py --out DIR [--gpus N] [--total SECONDS] [--shipped [PATTERN ...]]
+    python tests/gpu/plans.py --out DIR [--gpus N] [--total SECONDS] [--steps N] [--shipped [PATTERN ...]]
 
 Without `--shipped` the cases below, in the 7B's shape; with it each shipped config as it is whose name matches, from
 the smallest model on. Cases of one batch run side by side on one GPU: their peaks are their own, their speeds are not,
@@ -52,7 +52,7 @@ def start(case: tuple[str, str], gpu: int, args: argparse.Namespace) -> tuple[st
     label, text = case
     config, *options = text.split()
     command = [sys.executable, str(ROOT / "launch/plan.py"), "--config", str(ROOT / "configs" / config), *options]
-    command += ["--measure", "--json"]
+    command += ["--measure", "--json", "--steps", str(args.steps)]
     log = args.out / f"plan-{''.join(c if c.isalnum() else '-' for c in label)}.log"
     with open(log, "w") as errors:
         return label, subprocess.Popen(
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--total", type=float, default=300, help="seconds for all of them")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each case")
     parser.add_argument("--shipped", nargs="*", metavar="PATTERN")
     args = parser.parse_args()
     begin = time.monotonic()

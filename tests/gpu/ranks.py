@@ -1,15 +1,17 @@
 """The real scripts on one and on two GPUs: the same curves, scaling, peaks; full training under FSDP2.
 
-    python tests/gpu/ranks.py --data DIR --out DIR [--only NAME ...]
+    python tests/gpu/ranks.py --data DIR --out DIR [--only NAME ...] [--shared]
 
 `--data`: a folder with model/ and small/ (config.json and tokenizer; weights are made here, at random), sft.jsonl and
 dpo.jsonl. Each case is one `accelerate launch`, ended by SIGKILL as soon as it has logged its steps: the checkpoint of
-a full 7B run (90 GB) is not what is measured. One JSON line a case, then one a comparison.
+a full 7B run (90 GB) is not what is measured. One JSON line a case, then one a comparison. `--shared`: all ranks on one
+GPU (shared.py), which says nothing of speed, and checks gradient norms and saved slices in each case of two.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -129,17 +131,25 @@ class Running:
             "run.log_every": 1,
             "run.save_every": 0,
         }
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-        command += ["--config_file", f"configs/accelerate/{case.accelerate}.yaml", "--num_processes", str(case.gpus)]
+        environment = {}
+        if args.shared and case.gpus > 1:  # accelerate's launcher wants a GPU for each
+            command = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(port)]
+            command += ["--nproc_per_node", str(case.gpus), "tests/gpu/shared.py"]
+            if case.accelerate == "fsdp2":
+                environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+        else:
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+            command += ["--config_file", f"configs/accelerate/{case.accelerate}.yaml"]
+            command += ["--num_processes", str(case.gpus)]
         command += [f"launch/{case.script}.py", *(f"--{name}={value}" for name, value in case.options.items())]
         command += [f"--{name}={value}" for name, value in options.items()]
-        gpus = ",".join(str(first_gpu + number) for number in range(case.gpus))
+        gpus = ",".join(str(first_gpu + number) for number in range(1 if args.shared else case.gpus))
         self.log = args.out / f"{case.name}.log"
         with open(self.log, "w") as output:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus} | environment,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -155,6 +165,13 @@ class Running:
         """What the script itself said, which elastic's report follows with pages of its own."""
         lines = self.log.read_text().splitlines()
         return "\n".join([line for line in lines if line.startswith("error")] or lines[-12:])[:1500]
+
+    def checks(self) -> dict:
+        """What shared.py has found."""
+        text = self.log.read_text()
+        norms = [float(off) for off in re.findall(r"of the gathered gradients .*: off by (\S+)", text)]
+        slices = re.findall(r"slices saved, zeroed and loaded, by rank: (.*)", text)
+        return {"slices": slices, "norms_off_at_most": max(norms), "norms_compared": len(norms)} if norms else {}
 
     def ended(self, limit: float) -> bool:
         over = time.monotonic() - self.begin > limit
@@ -180,6 +197,7 @@ class Running:
             "norms": [round(line["train/grad_norm"], 5) for line in lines],
             "seconds": round(time.monotonic() - self.begin),
             "end": None if lines else self.errors(),
+            **self.checks(),
         }
 
 
@@ -207,6 +225,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/ranks"))
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--gpus", type=int, default=2, help="of this machine; 1 serves the cases of one GPU")
+    parser.add_argument("--shared", action="store_true", help="all ranks on the first GPU, by gloo")
     parser.add_argument("--limit", type=float, default=150, help="seconds for one case")
     parser.add_argument("--total", type=float, default=540, help="seconds for all of them")
     args = parser.parse_args()
@@ -233,7 +252,7 @@ def main() -> None:
         running, gpu = [], 0
         for case in cases:
             running.append(Running(case, gpu % args.gpus, args, port))
-            gpu, port = gpu + case.gpus, port + 1
+            gpu, port = 0 if args.shared else gpu + case.gpus, port + 1
         limit = min(args.limit, args.total - (time.monotonic() - begin))
         for run in running:
             while not run.ended(limit):
