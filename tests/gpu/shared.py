@@ -16,8 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from qwen_train.model.packed import PackedLM, load_trainable, trainable_parameters
+from qwen_train.train import distributed
 from qwen_train.train.checkpoint import open_checkpoint, save_checkpoint
 from qwen_train.train.distributed import Run
 from qwen_train.train.sharding import read_like
@@ -69,11 +72,23 @@ def prepare_and_save(run: Run, model: PackedLM) -> PackedLM:
     return model
 
 
+def gather_by_cpu(tensor: Tensor) -> Tensor:
+    """`sharding.gather`, since gloo's gathering of DTensors crashes on a GPU's."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = init_device_mesh("cpu", tuple(tensor.device_mesh.shape))
+    shard = DTensor.from_local(
+        tensor.to_local().cpu(), mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+    return shard.full_tensor().to(tensor.device)
+
+
 def main() -> None:
     os.environ["LOCAL_RANK"] = "0"  # each is the first of a machine, as it were
     if torch.cuda.is_available():
         torch.cuda.set_device(0)
     dist.init_process_group("gloo")
+    distributed.gather = gather_by_cpu
     Run.clip_grad_norm, Run.prepare = clip_and_compare, prepare_and_save
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
