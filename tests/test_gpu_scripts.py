@@ -45,3 +45,25 @@ def test_bench(tmp_path: Path):
 def test_the_others_start(script: str):
     done = run(script, "--help")
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
+@pytest.mark.launch
+def test_a_mirror_of_one_rank():
+    done = run("mirror.py", "--config", str(TINY / "sft.yaml"), "--lora.enabled=false", "--steps=1", "--json")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and json.loads(line)["measured"]["world_size"] == 2, done.stderr
+
+
+@pytest.mark.launch
+@pytest.mark.ranks
+def test_ranks_that_share_a_device(tmp_path: Path):
+    (tmp_path / "small").symlink_to(TINY / "model")
+    (tmp_path / "sft.jsonl").symlink_to(TINY / "sft_train.jsonl")
+    folders = ("--data", str(tmp_path), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
+    done = run("ranks.py", *folders, "--gpus", "1", "--shared", "--only", "small-lora-1", "small-lora-ddp2")
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    one, two, comparison, _ = rows
+    assert one["steps"] == two["steps"] == comparison["steps"] == 12, done.stderr
+    assert two["norms_compared"] >= 11 and two["norms_off_at_most"] <= 1e-6
+    assert two["slices"][0].count("0 of 28 changed") == 2
+    assert comparison["largest_norm_difference"] <= 0.01
