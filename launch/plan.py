@@ -70,15 +70,15 @@ def main(argv: list[str]) -> int:
 def measure(options: argparse.Namespace, console: Console, config: SFTConfig, shape: Any, title: str) -> None:
     """Train for a few steps; the first process prints what was measured."""
     from qwen_train.output.plan_view import longest_row, print_measured
-    from qwen_train.train import probe
     from qwen_train.train.distributed import Run
+    from qwen_train.train.measure import measure_steps
     from qwen_train.train.preflight import check_packages
 
     run = Run(config.run.seed, config.run.deterministic)
     try:
         run.check(config)
         check_packages(config)
-        measured = probe.measure(run, config, shape, longest_row(config), options.steps)
+        measured = measure_steps(run, config, shape, longest_row(config), options.steps)
     finally:
         run.close()
     if run.is_main and options.json:

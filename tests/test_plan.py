@@ -29,7 +29,7 @@ from qwen_train.output.plan_view import (
     print_plan,
     shipped_configs,
 )
-from qwen_train.train.probe import Measured
+from qwen_train.train.measure import Measured
 from tests.scripts import ROOT, TINY, ScriptRunner
 from tests.support import SHARED, needs_shared
 

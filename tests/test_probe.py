@@ -16,8 +16,9 @@ from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import estimate_memory, resolve_auto
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.distributed import Run
+from qwen_train.train.measure import measure_steps
 from qwen_train.train.optim import build_optimizer
-from qwen_train.train.probe import measure, settle, worst_case
+from qwen_train.train.probe import settle, worst_case
 from tests.scripts import TINY, ScriptRunner
 
 MODEL = TINY / "model"
@@ -278,7 +279,7 @@ CONTINUED = dataclasses.replace(
 )
 def test_measured_steps(given: Any):
     given = dataclasses.replace(given, batch=BatchConfig(sequences_per_step=4, tokens_per_microbatch=700))
-    measured = measure(Run(seed=0, deterministic=False), given, SHAPE, LONGEST, steps=1)
+    measured = measure_steps(Run(seed=0, deterministic=False), given, SHAPE, LONGEST, steps=1)
     assert measured.tokens_per_microbatch == 700 and measured.checkpoint_layers == 0 and measured.world_size == 1
     assert measured.tokens_per_second == pytest.approx(2 * 700 / measured.step_seconds, rel=0.01)
     assert (measured.pairs_per_second is None) == (type(given) is SFTConfig)

@@ -13,7 +13,7 @@ from rich.table import Table
 from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig, load_config
 from qwen_train.model.memory import CARDS, GIB, Candidate, Shape, fitting, usable
 from qwen_train.model.shapes import shape_of
-from qwen_train.train.probe import Measured
+from qwen_train.train.measure import Measured
 from qwen_train.train.sharding import why_unshardable
 
 SHARDED_TIME = 1.04
