@@ -24,6 +24,7 @@ START_INTERRUPTED = "stopped before the first step"
 STOPPING = "stopping after this step, then saving"
 SECOND_INTERRUPT = "; Ctrl-C again leaves at once, without"
 LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
+LOST = (errno.EIO, errno.EPIPE, errno.ENOSPC, errno.EDQUOT)  # hung up, nobody reads, the disk of the log is full
 ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every process already
 
 
@@ -48,7 +49,7 @@ class Signals:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._on_signal)
         _let_workers_die()
-        _outlive_terminal()
+        _outlive_console()
         sys.unraisablehook = self._on_swallowed
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -85,25 +86,30 @@ def _say(message: str) -> None:
             os.write(2, f"{chr(10) if os.isatty(2) else ''}{message}\n".encode())
 
 
-class _Terminal(io.FileIO):
-    """A terminal that, once it has hung up, takes what is written and shows it to nobody."""
+class _Console(io.FileIO):
+    """A console that may lose its reader or its room, and then takes what is written and shows it to nobody."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in LOST:
                 raise
             return memoryview(data).nbytes
 
 
-def _outlive_terminal() -> None:
-    """Let no print end a run whose terminal has hung up: SIGHUP comes after the first error, or to nobody (disown)."""
+def _outlive_console() -> None:
+    """Let no print end a run: the file of its output may be on a full disk, and whoever reads it may be gone.
+
+    Of `... | tee log` a Ctrl-C ends tee, too, and the answer to it meets a broken pipe. Of a terminal that has hung up,
+    SIGHUP comes after the first error, or to nobody (disown).
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
-            stream.flush()
-            raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(OSError):  # lost already; Python keeps quiet of it at the end
+                stream.flush()
+            raw = io.BufferedWriter(_Console(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 

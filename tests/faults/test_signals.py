@@ -4,7 +4,10 @@ On two processes the signal goes to both, as torchrun sends it; a test sends it 
 """
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,7 +47,7 @@ PHASES = {  # where, at which call, SFT or DPO, whether there is something to sa
     "reference scoring": ("reference.Reference.logps", 2, "dpo", False),
     "answers": ("qwen2.Qwen2ForCausalLM.prepare_inputs_for_generation", 2, "sft", False),
     "step": ("distributed.Run.clip_grad_norm", 3, "sft", True),
-    "evaluation": ("evaluate.eval_batches", 2, "sft", True),
+    "evaluation": ("evaluate._in_evaluation", 2, "sft", True),
     "save": ("saver.save_checkpoint", 2, "sft", True),
 }
 CASES = [
@@ -136,17 +139,33 @@ def test_sigterm_while_a_save_is_on_its_way(stopped: Stopped):
     same_end(stopped.whole("sft", 1), runs.folder / "on-its-way")
 
 
-HANG_UP = "reader, writer = os.pipe()\n        os.close(reader), os.dup2(writer, 2)\n        os.kill"
-HANG_UP = STOP_AFTER.replace("SIGTERM", "SIGHUP").replace("os.kill", HANG_UP).format(steps=4)
+LOST = {  # what stdout and stderr become at the fourth step
+    "hung up or without tee": "reader, descriptor = os.pipe()\n        os.close(reader)",
+    "on a full disk": "descriptor = os.open('/dev/full', os.O_WRONLY)",
+}
 
 
-@pytest.mark.slow
-def test_a_terminal_that_hangs_up_takes_no_step_with_it(stopped: Stopped):
-    """The answer to SIGHUP cannot be written where nobody reads any more."""
-    result = stopped.run("sft", "hung-up", 1, prelude=HANG_UP)
-    assert result.code == 128 + signal.SIGHUP, result.output
-    assert stopped.of_kind["sft"].status("hung-up")["outcome"] == "interrupted"
-    assert stopped.of_kind["sft"].steps("hung-up") == [2, 4]
+@pytest.mark.parametrize("how", LOST)
+def test_a_console_that_is_lost_takes_no_step_with_it(stopped: Stopped, how: str):
+    """Ctrl-C under `| tee log` ends tee first: neither the answer to it, nor the log of a step, nor the end is read."""
+    lose = f"{LOST[how]}\n        os.dup2(descriptor, 1), os.dup2(descriptor, 2)\n        os.kill"
+    prelude = STOP_AFTER.replace("SIGTERM", "SIGINT").replace("os.kill", lose).format(steps=4)
+    name = how.replace(" ", "-")
+    result = stopped.run("sft", name, 1, prelude=prelude)
+    status = stopped.of_kind["sft"].status(name)
+    assert (result.code, status["outcome"]) == (128 + signal.SIGINT, "interrupted"), status
+    assert stopped.of_kind["sft"].steps(name) == [2, 4]
+
+
+@pytest.mark.parametrize("device", [None, "/dev/full"], ids=["nobody reads", "a full disk"])
+def test_the_end_of_a_process_whose_console_is_lost_is_silent(device: str | None):
+    """What is in a buffer when the interpreter ends cannot be written either; the exit code is the script's own."""
+    script = "from qwen_train.train.signals import Signals\nSignals()\nprint('said', flush=True)\nprint('not', end='')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(device or writer, "wb", buffering=0) as lost:
+        done = subprocess.run([sys.executable, "-c", script], stdout=lost, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -197,7 +216,7 @@ get = stream.Stream.__getitem__
 def recorded(self, step):
     microbatches = get(self, step)
     with open({path!r}, "a") as file:
-        file.write(f"{{step}} {{microbatches.rows}}\\n")
+        file.write(f"{{step}} {{self.rows(step)}}\\n")
     return microbatches
 stream.Stream.__getitem__ = recorded
 """
