@@ -358,7 +358,7 @@ def test_skipped_steps_in_a_row_end_the_run(runs: Runs):
     assert "optim.max_skipped: 3 updates in a row were skipped" in line and "incidents.jsonl" in line
     assert (
         "lower optim.lr" in line
-        and line.endswith("; the last checkpoint is intact")
+        and line.endswith("; the last checkpoint, step-000010, is intact")
         and other == line.replace("error: ", "error: rank 1: ")
     )
     folder = runs.folder / "all-sick"
@@ -376,6 +376,48 @@ def test_skipped_steps_in_a_row_end_the_run(runs: Runs):
     assert result.code == 2 and error_lines(result.output)[0].endswith("; there is no checkpoint yet"), result.output
 
 
+NAN_WEIGHT = """
+import math, torch
+from qwen_train.train import guard
+from qwen_train.train.sharding import own_part
+accepts = guard.Guard.accepts
+def spoilt(self, step, *others):
+    if step == {step} and self.run.rank == self.run.world_size - 1:
+        with torch.no_grad():
+            own_part(self.optimizer.param_groups[0]["params"][-1]).view(-1)[-1] = {value}
+    return accepts(self, step, *others)
+guard.Guard.accepts = spoilt
+"""
+
+
+@pytest.mark.launch
+def test_weights_that_are_not_finite_are_neither_saved_nor_handed_over(runs: Runs):
+    """The good checkpoints stay, and the last of them is named; so at the last step, whose loss was a healthy one."""
+    arguments = ("--run.save_every=2", "--run.keep=1")
+    for step, value, saved in ((STEPS - 1, "math.nan", 4), (3, "math.inf", 2), (0, "-math.inf", 0)):
+        name = f"spoilt-{step}"
+        result = runs.start(name, *arguments, prelude=NAN_WEIGHT.format(step=step, value=value))
+        (line,) = error_lines(result.output)
+        assert result.code == 2 and "the trained weights hold NaN or infinity" in line, result.output
+        checkpoints = runs.folder / name / "checkpoints"
+        assert [path.name for path in checkpoints.glob("*")] == ([f"step-{saved:06d}"] if saved else [])
+        assert (f"step-{saved:06d}, start again" if saved else "no checkpoint yet") in line and "optim.lr" in line
+        assert not (runs.folder / name / "adapter").exists()
+        assert json.loads((runs.folder / name / "status.json").read_text())["outcome"] == "refused"
+    runs.finish(f"spoilt-{STEPS - 1}", *arguments)
+    assert same_end(runs.finish("not-spoilt", *arguments), runs.folder / f"spoilt-{STEPS - 1}")
+
+
+@pytest.mark.launch
+@pytest.mark.ranks
+def test_all_ranks_hear_of_a_value_in_the_shard_of_one(runs: Runs):
+    spoilt = SHARDING + NAN_WEIGHT.format(step=3, value="math.nan")
+    result = runs.start("spoilt-shard", "--run.save_every=2", ranks=2, prelude=spoilt)
+    lines = error_lines(result.output)
+    assert result.code == 2 and "step-000002, start again from it" in lines[0], result.output
+    assert [path.name for path in (runs.folder / "spoilt-shard/checkpoints").glob("*")] == ["step-000002"]
+
+
 NOTHING_SUPERVISED = """
 from dataclasses import replace
 import qwen_train.sft
@@ -388,7 +430,7 @@ def emptied(stream, step):
     empty = [pack_sequences([], []) for _ in full.batches]
     return replace(full, batches=empty, total_weight=0.0) if step == 1 else full
 Stream.__getitem__ = emptied
-evaluate.eval_batches = lambda **_: [pack_sequences([], [])]
+evaluate._in_evaluation = lambda *_: [pack_sequences([], [])]
 """
 
 

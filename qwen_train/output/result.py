@@ -23,7 +23,7 @@ from qwen_train.train.distributed import Run
 from qwen_train.train.files import write_json_atomic
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.metrics import write_status
-from qwen_train.train.progress import ANSWERS, Progress
+from qwen_train.train.progress import ANSWERS, Progress, require_finite
 
 OUTCOMES = {
     "eval/loss": ("held-out loss", ("data.eval",)),
@@ -51,7 +51,9 @@ def write_result(
 
     After a start from a merged adapter `adapter/` holds both on the original base, and `adapter_delta/` this run's
     part; `probe`, a few training rows, proves it. All ranks call it, since sharded weights are gathered; rank 0 writes.
+    Raises ValueError for weights that are not finite.
     """
+    require_finite(run, folder, model)
     tensors = run.whole(trainable_parameters(model))
     start = config.model.adapter if config.lora.enabled and config.model.merges else None
     expected = score(model, probe) if start is not None else None

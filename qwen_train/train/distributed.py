@@ -8,10 +8,11 @@ import datetime
 import errno
 import hashlib
 import json
+import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,7 +23,16 @@ from torch import Tensor, nn
 
 from qwen_train.train.blocks import Shard
 from qwen_train.train.peers import Departure, Member, Peers
-from qwen_train.train.sharding import check_shardable, fill, gather, judge_launch, judge_settings, own_shard, shard
+from qwen_train.train.sharding import (
+    check_shardable,
+    fill,
+    gather,
+    judge_launch,
+    judge_settings,
+    own_part,
+    own_shard,
+    shard,
+)
 from qwen_train.train.signals import Signals, asked_of_launcher
 
 if TYPE_CHECKING:
@@ -283,6 +293,13 @@ class Run:
         norm = torch.linalg.vector_norm(torch.stack(norms))
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return float(norm)
+
+    def all_finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether no value of the tensors is NaN or infinite, on any rank; one wait for the GPU."""
+        parts = [part for part in (own_part(tensor.detach()) for tensor in tensors) if part.numel()]
+        largest = [torch.linalg.vector_norm(part, math.inf).double() for part in parts]  # NaN if one value is
+        finite = not largest or bool(torch.stack(largest).isfinite().all())
+        return self.maximum(float(not finite)) == 0
 
     def gather_shards(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor that FSDP2 may have sharded, on every rank."""

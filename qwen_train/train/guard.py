@@ -159,7 +159,7 @@ class Guard:
         self.metrics.note(f"step {step + 1}: update skipped, {reason}; worst rows {worst}; all of them: {self.path}")
         if self.progress.skipped_in_a_row >= self.optim.max_skipped:
             saved = self.run.from_main(lambda: saved_step(self.path.parent / "checkpoints"))
-            left = "the last checkpoint is intact" if saved else "there is no checkpoint yet"
+            left = f"the last checkpoint, step-{saved:06d}, is intact" if saved else "there is no checkpoint yet"
             raise ValueError(
                 f"optim.max_skipped: {self.progress.skipped_in_a_row} updates in a row were skipped, the last one since"
                 f" {reason}; lower optim.lr, or look at the rows in {self.path}; {left}"

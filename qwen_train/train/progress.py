@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from qwen_train.config import SFTConfig, as_dict
 from qwen_train.model.packed import PackedLM, load_trainable, trainable_parameters
-from qwen_train.train.checkpoint import open_checkpoint
+from qwen_train.train.checkpoint import open_checkpoint, saved_step
 from qwen_train.train.distributed import Run
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.optim import load_optimizer_state, optimizer_state, place_masters
@@ -100,8 +100,9 @@ def save(
     """Begin a checkpoint of trained weights, optimizer state and progress; the loop waits for a copy of them alone.
 
     All ranks call it; rank 0 writes, after `before_write()`. Of a model that is trained in full under FSDP2 each writes
-    its own share.
+    its own share. Raises ValueError for weights that are not finite.
     """
+    require_finite(run, folder, model, saver)
     parameters = trainable_parameters(model)
     state = {"run_id": folder.run_id, "world_size": run.world_size, "config": as_dict(config), **asdict(progress)}
     if folder.history:
@@ -116,6 +117,21 @@ def save(
     whole = {stem: run.whole(flat) for stem, flat in tensors.items()}
     if run.is_main:
         saver.save(progress.step, whole, state, before_write)
+
+
+def require_finite(run: Run, folder: RunFolder, model: PackedLM, saver: Saver | None = None) -> None:
+    """Refuse (ValueError) to save or hand over trained weights with a NaN or an infinity."""
+    if run.all_finite(trainable_parameters(model).values()):
+        return
+    if saver is not None:
+        saver.wait()  # or the last checkpoint would not be the last
+    step = run.from_main(lambda: saved_step(folder.checkpoints))
+    left = f"the last checkpoint is step-{step:06d}, start again from it" if step else "there is no checkpoint yet"
+    raise ValueError(
+        f"{folder.path}: the trained weights hold NaN or infinity, so they are neither saved nor handed over; {left}, "
+        f"with a lower optim.lr{' and run.accept_changes' if step else ''}; where losses had been healthy, suspect the "
+        "hardware"
+    )
 
 
 def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str) -> Progress:

@@ -216,6 +216,11 @@ def read_like(reader: BlockReader, stem: str, name: str, like: Tensor | None) ->
     return _as_shard(reader.read(stem, name, _window(like)), like)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that FSDP2 may have sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank (a collective if it is sharded)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
