@@ -95,7 +95,7 @@ def start_of(model: ModelConfig) -> ModelConfig:
 
 
 def refuse_overwriting(outputs: dict[str, str], sources: dict[str, list[Source]]) -> None:
-    taken = {Path(source.path).expanduser().resolve(): name for name, listed in sources.items() for source in listed}
+    taken = {Path(source.path).resolve(): name for name, listed in sources.items() for source in listed}
     for name, path in outputs.items():
         place = Path(path).expanduser().resolve()
         if place in taken:

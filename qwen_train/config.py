@@ -67,6 +67,30 @@ def _path_problems(field: str, paths: DataPaths | None) -> Iterator[str]:
             yield f"{field}: expected a path or a list, got {path}; write it as [a.jsonl, {{b.jsonl: 2}}]"
 
 
+def _expand_home(section: Any, name: str, *paths: str) -> None:
+    """`~` at the beginning of the paths of a section that is being made, as the home that a shell makes of it.
+
+    Raises ValueError for the home of nobody, and for a variable, which only a shell expands.
+    """
+
+    def expanded(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [expanded(key, part) for part in value]
+        if isinstance(value, dict):
+            return {expanded(key, path): weight for path, weight in value.items()}
+        if not isinstance(value, str):
+            return value
+        path = os.path.expanduser(value)
+        if path.startswith("~"):
+            raise ValueError(f"{name}.{key}: {value} begins with no user's home; give the whole path, or ./{value}")
+        if re.search(r"\$\{?\w", path) and not os.path.exists(path):
+            raise ValueError(f"{name}.{key}: {value} holds a variable, which only a shell expands; give the whole path")
+        return path
+
+    for key in paths:
+        object.__setattr__(section, key, expanded(key, getattr(section, key)))  # the dataclass is frozen
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model, from where, and how it computes."""
@@ -98,6 +122,7 @@ class ModelConfig:
     """Run model code from the hub. Qwen models need none."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "model", "path", "adapter")
         _refuse(
             [
                 _unless(bool(self.path), "model.path: must name a hub id or a folder, got nothing; give one"),
@@ -205,6 +230,7 @@ class DataConfig:
     """Folder of tokenised data and reference log-probs."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "data", "train", "eval", "eval_sft", "cache_dir")
         _refuse(
             [
                 *(
@@ -316,6 +342,7 @@ class ReferenceConfig:
     """Lay a pair out as prompt, chosen, rejected with the prompt once; false lays the prompt out twice."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "reference", "path")
         if self.source == "model" and self.path is None:
             raise ValueError("reference.path: source model needs a path, got none; name the reference model")
 
@@ -356,8 +383,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         name = self.name
+        _expand_home(self, "run", "dir", "resume")
         _refuse(
             [
+                _unless(bool(self.dir), "run.dir: must name a folder, got nothing; leave it out for runs"),
                 _unless(
                     name is None or (name not in ("", ".", "..") and not set(name) & set("/\\\0")),
                     f"run.name: must be a plain folder name, got {name!r}; use run.dir for the place",

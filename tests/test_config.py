@@ -219,6 +219,34 @@ def test_the_command_line_wins_wherever_it_stands(tmp_path: Path):
         load_config(SFTConfig, ["--optim.lr=5e-5", "--config"])
 
 
+def test_every_path_has_the_home_that_a_shell_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From YAML and from --field=~/x, which a shell leaves alone; hub ids and other words are as they were."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {
+        "model": {"path": "~/base", "adapter": "~/adapter"},
+        "data": {"train": ["~/a.jsonl", {"~/b.jsonl:train": 0.5}], "eval": "~/c", "eval_sft": "~/d"},
+        "reference": {"source": "model", "path": "~/reference"},
+        "run": {"dir": "~/runs", "resume": "~/runs/x/checkpoints/step-000001"},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(given))
+    config, _ = load_config(DPOConfig, ["--config", str(tmp_path / "mine.yaml")])
+    found = as_dict(config)
+    for section, fields in given.items():
+        for name, value in fields.items():
+            assert json.dumps(found[section][name]) == json.dumps(value).replace("~", "/home/me"), name
+    assert config.data.cache_dir == "/home/me/.cache/qwen_train" == config_module.DataConfig(train="x").cache_dir
+    argv = ["--run.dir=~/runs", "--data.train=[~/a.jsonl, {~/b.jsonl: 2}]", "--model.path=Qwen/Qwen2.5-0.5B"]
+    config, _ = load_config(SFTConfig, argv)
+    assert (config.run.dir, config.run.resume, config.model.path) == ("/home/me/runs", "auto", "Qwen/Qwen2.5-0.5B")
+    assert config.data.train == ["/home/me/a.jsonl", {"/home/me/b.jsonl": 2.0}]
+
+
+def test_a_path_may_hold_a_dollar_where_it_exists(tmp_path: Path):
+    odd = tmp_path / "$rows.jsonl"
+    odd.touch()
+    assert load_config(SFTConfig, [f"--data.train={odd}"])[0].data.train == str(odd)
+
+
 def test_help_shows_docstrings_and_units():
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
@@ -284,6 +312,10 @@ MISTAKES = [
     ("--run.epochs=1 --run.steps=2", "run.steps: got both steps 2 and epochs 1.0; give one of them"),
     ("--run.steps=0", "run.steps: must be > 0, got 0; try 100"),
     ("--run.name=a/b", "run.name: must be a plain folder name, got 'a/b'; use run.dir for the place"),
+    ("--run.dir=", "run.dir: must name a folder, got nothing; leave it out for runs"),
+    ("--run.dir=$HOME/x", "run.dir: $HOME/x holds a variable, which only a shell expands; give the whole path"),
+    ("--data.train=[$X.json]", "data.train: $X.json holds a variable, which only a shell expands; give the whole path"),
+    ("--model.path=~absent/x", "model.path: ~absent/x begins with no user's home; give the whole path, or ./~absent/x"),
     ("--run.keep=0", "run.keep: must be > 0 checkpoints, got 0; try 2"),
     ("--run.save_every=-1", "run.save_every: must be >= 0, got -1; 0 turns it off"),
     ("--lora.enabled=false --lora.r=8", "lora.r: has no effect, since lora.enabled is false; leave it out"),

@@ -209,7 +209,7 @@ def tokenize(
     *,
     format: str = "auto",
     workers: int = DataConfig.workers,
-    cache_dir: str | Path = DataConfig.cache_dir,
+    cache_dir: str | Path,
     name: str = "data.train",
 ) -> TokenDataset:
     """Rows as token arrays, from the cache where possible; ValueError lists rows in error (`name`: the field)."""
@@ -217,7 +217,7 @@ def tokenize(
     Template(tokenizer)  # an unusable template is refused before any work, and before an old cache is looked at
     judging = _Judge(kind, tokenizer, options, format)
     fingerprint = _fingerprint(sources, judging)
-    root = Path(cache_dir).expanduser() / "tokens"
+    root = Path(cache_dir) / "tokens"
     folder = root / fingerprint
     for left in clean_scratch(root):
         log.warning("%s: deleted, left by a process that died while tokenising", left)

@@ -95,7 +95,7 @@ def _lock(path: Path, cache_dir: str) -> None:
     behind; it is of the process (POSIX), so it ends with a killed one and its workers do not inherit it.
     """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
-    file = Path(cache_dir).expanduser() / "locks" / name
+    file = Path(cache_dir) / "locks" / name
     if file in _LOCKS:
         return
     try:

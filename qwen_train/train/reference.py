@@ -106,7 +106,7 @@ class Reference:
             "quantization": self.config.model.quantization,
             "version": importlib.metadata.version("transformers"),
         }
-        cache = Path(self.config.data.cache_dir).expanduser() / "reference" / config_hash(parts)
+        cache = Path(self.config.data.cache_dir) / "reference" / config_hash(parts)
         table, problem = run.from_main(lambda: _read_table(cache, len(data)))
         if table is not None:
             rows = probe_rows(len(data))
