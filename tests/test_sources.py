@@ -1,8 +1,10 @@
 """Rows come from files, folders and the hub as they were written, each with its place."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -10,7 +12,16 @@ import pytest
 
 from qwen_train.config import DataConfig, DPOConfig, SFTConfig
 from qwen_train.data.formats import Conversation, parse_row
-from qwen_train.data.sources import Source, content_hash, find_sources, read_rows, resolve_paths
+from qwen_train.data.sources import (
+    Source,
+    content_hash,
+    find_sources,
+    read_rows,
+    resolve_paths,
+    row_place,
+    source_files,
+)
+from qwen_train.train.splits import _trained_on
 
 U = {"role": "user", "content": "Hi"}
 A = {"role": "assistant", "content": "Hello."}
@@ -84,7 +95,7 @@ def test_held_out_rows_have_no_weight(config: Any, field: str, weight: float, tm
 
 
 def places_and_rows(path: Any) -> list[tuple[str, Any]]:
-    return [(row.place.removeprefix(str(path)), json.loads(row.text)) for row in read_rows(0, str(path))]
+    return [(row_place("", row.row, row.has_lines), json.loads(row.text)) for row in read_rows(0, str(path))]
 
 
 def test_lines_keep_their_numbers(tmp_path: Any) -> None:
@@ -139,6 +150,130 @@ def test_parquet_files_of_other_columns_are_named_by_what_differs(tmp_path: Any)
         datasets.Dataset.from_list([{"messages": [U, A], **more}]).to_parquet(str(tmp_path / f"{name}.parquet"))
     with pytest.raises(ValueError, match=r"its Parquet files differ in the columns extra; give them the same ones"):
         list(read_rows(0, str(tmp_path)))
+
+
+def parquet(file: Path, *answers: str) -> Path:
+    """A Parquet file of one conversation an answer."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list([{"messages": [U, {**A, "content": text}]} for text in answers]).to_parquet(str(file))
+    return file
+
+
+def answers_of(path: Path) -> list[str]:
+    return [row["messages"][1]["content"] for _, row in places_and_rows(path)]
+
+
+@pytest.mark.parametrize(
+    ("train", "others"),
+    [
+        ("train-00000-of-00001", ["test-00000-of-00001", "validation-00000-of-00001"]),
+        ("train_sft-00000-of-00001", ["train_gen-00000-of-00001"]),
+        ("Train", ["Eval"]),
+        ("train.1", ["dev.1", "valid", "val"]),
+    ],
+)
+def test_a_folder_of_several_splits_is_refused(train: str, others: list[str], tmp_path: Path) -> None:
+    """The test and validation rows of a downloaded hub set were trained on without a word."""
+    for name in (train, *others):
+        parquet(tmp_path / f"{name}.parquet", name)
+    with pytest.raises(ValueError) as caught:
+        find_sources(SFTConfig(data=DataConfig(train=str(tmp_path))))
+    (start, option) = str(caught.value).split("list the files of one split: ")
+    assert start.startswith(f"data.train: the folder '{tmp_path}' holds the splits ") and "\n" not in start
+    if "_gen" not in str(others):
+        assert option == f"--data.train {tmp_path}/{train}.parquet"
+    with pytest.raises(ValueError, match=r"^data\.eval: .* list the files of one split: --data\.eval "):
+        find_sources(SFTConfig(data=DataConfig(train=str(tmp_path / f"{train}.parquet"), eval=str(tmp_path))))
+    for name in others:
+        (tmp_path / f"{name}.parquet").unlink()
+    assert answers_of(tmp_path) == [train]
+
+
+def test_several_files_of_one_split_are_one_source(tmp_path: Path) -> None:
+    names = ["train-00000-of-00002", "train-00001-of-00002"]
+    for name in names:
+        parquet(tmp_path / f"{name}.parquet", name)
+    assert answers_of(tmp_path) == names
+    parquet(tmp_path / "test-00000-of-00001.parquet", "test")
+    files = ", ".join(f"{tmp_path}/{name}.parquet" for name in names)
+    with pytest.raises(ValueError) as caught:
+        find_sources(SFTConfig(data=DataConfig(train=str(tmp_path))))
+    assert str(caught.value).endswith(
+        f"holds the splits test, train; list the files of one split: --data.train '[{files}]'"
+    )
+    for name in ("training", "traintest", "tests", "a"):
+        parquet(tmp_path / "other" / f"{name}.parquet", name)
+    assert len(answers_of(tmp_path / "other")) == 4, "these are no names of splits"
+
+
+@pytest.mark.parametrize("unread", ["part/b.parquet", "part/deep/b.PARQUET", "more.jsonl", "part/more.ndjson"])
+def test_rows_of_a_folder_that_nobody_would_read_are_refused(unread: str, tmp_path: Path) -> None:
+    file = parquet(tmp_path / "a.parquet", "one")
+    for name in ("README.md", "dataset_infos.json", ".cache/part/b.parquet", "part/._b.parquet", "._a.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert answers_of(tmp_path) == ["one"]
+    (tmp_path / unread).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / unread).write_text("{}\n")
+    with pytest.raises(ValueError) as caught:
+        find_sources(SFTConfig(data=DataConfig(train=str(tmp_path))))
+    assert str(caught.value) == (
+        f"data.train: of the folder '{tmp_path}' only the .parquet files right in it are read, not "
+        f"{tmp_path}/{unread}; list the files to read: --data.train {file}"
+    )
+
+
+def test_what_a_source_holds_is_the_files_that_are_read(tmp_path: Path) -> None:
+    """A .DS_Store that a file manager leaves was part of the data's identity: a run would not resume."""
+    parquet(tmp_path / "parts" / "a.parquet", "one")
+    datasets.Dataset.from_list([{"messages": [U, A]}]).save_to_disk(str(tmp_path / "set"))
+    for folder in (tmp_path / "parts", tmp_path / "set"):
+        before, files = content_hash(str(folder)), source_files(str(folder))
+        for name in (".DS_Store", "._a.parquet"):
+            (folder / name).write_text("x")
+        assert content_hash(str(folder)) == before and source_files(str(folder)) == files
+        files[0].write_bytes(files[0].read_bytes() + b"x")
+        assert content_hash(str(folder)) != before
+    before = content_hash(str(tmp_path / "parts"))
+    (tmp_path / "parts" / "README.md").write_text("x")
+    assert content_hash(str(tmp_path / "parts")) == before
+
+
+def test_a_replaced_parquet_file_is_read_anew(tmp_path: Path) -> None:
+    """`rsync -a` and `tar` keep the time of change, by which a copy of the old rows was taken for the file."""
+    file = tmp_path / "a.parquet"
+    for text in ("old rows", "new rows"):
+        parquet(file, text)
+        os.utime(file, (1, 1))
+        assert answers_of(file) == [text] and answers_of(tmp_path) == [text]
+
+
+def test_a_parquet_files_name_is_no_pattern(tmp_path: Path) -> None:
+    odd = parquet(tmp_path / "a[1].parquet", "odd")
+    plain = parquet(tmp_path / "a1.parquet", "plain")
+    assert answers_of(odd) == ["odd"] and answers_of(plain) == ["plain"]
+
+
+def test_held_out_rows_that_are_trained_are_told_by_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file, and the folder that holds it, gave no warning."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        parquet(tmp_path / "parts" / f"{name}.parquet", name)
+    parquet(tmp_path / "c.parquet", "c")
+    (tmp_path / "link.parquet").symlink_to(tmp_path / "parts" / "b.parquet")
+
+    def warned(train: Any, *held_out: str) -> list[str]:
+        config = SFTConfig(data=DataConfig(train=train, eval=list(held_out)))
+        warnings = _trained_on(config, "data.eval", SimpleNamespace(paths=list(held_out)))  # type: ignore[arg-type]
+        end = " is trained on as well; take it out of one of the two"
+        assert all(line.startswith("warning: data.eval: ") and line.endswith(end) for line in warnings)
+        return [line.removeprefix("warning: data.eval: ").removesuffix(end) for line in warnings]
+
+    assert warned("parts/a.parquet", "parts") == [f"{tmp_path}/parts/a.parquet of parts"]
+    assert warned("parts", "parts/a.parquet", "c.parquet") == ["parts/a.parquet"]
+    assert warned("parts", "link.parquet", str(tmp_path / "parts")) == ["link.parquet", f"{tmp_path}/parts"]
+    assert warned(["user/set", "c.parquet"], "user/set:train", "user/set:test") == ["user/set:train"]
+    assert warned("parts/a.parquet", "parts/b.parquet", "link.parquet") == []
 
 
 def test_arrow_nulls_are_removed_and_own_nulls_are_not(tmp_path: Any) -> None:
@@ -223,8 +358,9 @@ def test_a_split_of_a_folder_is_named_as_on_the_hub(tmp_path: Any, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     for folder in (str(tmp_path / "set"), "set", "./set"):
         for name in splits:
-            ((place, row),) = [(row.place, json.loads(row.text)) for row in read_rows(0, f"{folder}:{name}")]
-            assert place == f"{folder}:{name}: row 0" and row["messages"][1]["content"] == name
+            (row,) = read_rows(0, f"{folder}:{name}")
+            assert (row.path, row.row) == (f"{folder}:{name}", 0)
+            assert json.loads(row.text)["messages"][1]["content"] == name
     with pytest.raises(ValueError, match=r"^data\.eval: 'set' holds the splits train, test; name one of them"):
         find_sources(SFTConfig(data=DataConfig(train="set:train", eval="set")))
     hashes = [content_hash(path) for path in ("set:train", "set:test", "set/train")]

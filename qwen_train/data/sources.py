@@ -4,6 +4,7 @@ What a caller uses:
 - `data_splits(config)`: all rows that a training reads; `find_sources(config)`: their sources, each looked for;
 - `sources_of(...)`, `resolve_paths(...)`: one value of the config as `[Source(path, weight), ...]`;
 - `read_rows(source_index, path)`: `RawRow`s: the JSON text of one row and its place (`file:line`);
+- `source_files(path)`: the files that a source is read from; `content_hash(path)` names what they hold;
 - `build_table`, `save_table`, `load_table`: token tables, for `data/tokenize.py`.
 
 JSON and JSONL are read with `json` alone, so tool schemas and arguments that differ between rows (and the user's own
@@ -31,6 +32,10 @@ from qwen_train.data.formats import check_format, is_json, loads, one_line
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z0-9])", re.IGNORECASE)
+HUB_FILE = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
+PARQUET_ROWS = 1000
+"""Rows of a Parquet file that are turned into Python objects at a time."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,6 @@ class RawRow:
     text: str
     has_lines: bool
     error: tuple[str, str] | None = None
-
-    @property
-    def place(self) -> str:
-        return row_place(self.path, self.row, self.has_lines)
 
 
 def row_place(path: str, row: int, has_lines: bool) -> str:
@@ -141,11 +142,10 @@ def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parq
     """How a path will be read; ValueError when it is neither a readable file or folder nor a hub id."""
     if _set_folder(path, name) is not None:
         return "folder"
-    file = Path(path).expanduser()
+    file = Path(path)
     if file.is_dir():
-        if any(file.glob("*.parquet")):
-            return "parquet"
-        raise ValueError(f"{name}: the folder {path!r} holds no `datasets` set and no .parquet file; name a file in it")
+        _check_parquet_folder(path, name)
+        return "parquet"
     if file.exists():
         suffix = file.suffix.lower()
         if suffix in LINE_SUFFIXES:
@@ -166,10 +166,10 @@ def _set_folder(path: str, name: str) -> Path | None:
 
     None for all other paths; ValueError for a split that is not there, and where several are and none is named.
     """
-    folder, split = Path(path).expanduser(), ""
+    folder, split = Path(path), ""
     if not folder.exists():
         before, _, split = path.rpartition(":")
-        folder = Path(before).expanduser()
+        folder = Path(before)
         if not (before and split):
             return None
     if (listing := folder / "dataset_dict.json").exists():
@@ -192,19 +192,79 @@ def _set_folder(path: str, name: str) -> Path | None:
     return None
 
 
+def source_files(path: str) -> list[Path]:
+    """The files that a source is read from, in order; none of a hub set. Hidden ones (.DS_Store) are no part of it."""
+    if (folder := _set_folder(path, "data")) is not None:
+        return _files_within(folder)
+    file = Path(path)
+    if file.is_dir():
+        return [found for found in _files_within(file) if found.parent == file and _is_parquet(found)]
+    return [file] if file.exists() else []
+
+
+def _files_within(folder: Path) -> list[Path]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts))
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
+
+
+def _check_parquet_folder(path: str, name: str) -> None:
+    """ValueError for a folder without Parquet files, with those of several splits, or with rows that nobody would read.
+
+    The hub names files `train-00000-of-00002.parquet`; other files of rows are .jsonl ones and all in nested folders.
+    """
+    files = source_files(path)
+    if not files:
+        raise ValueError(f"{name}: the folder {path!r} holds no `datasets` set and no .parquet file; name a file in it")
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        if known := SPLIT_FILE.match(file.stem):
+            split = named["split"] if (named := HUB_FILE.fullmatch(file.stem)) else known[0].lower()
+            splits.setdefault(split, []).append(file)
+    if len(splits) > 1:
+        wanted = sorted(splits, key=lambda split: (split.startswith("train") != (name == "data.train"), split))[0]
+        raise ValueError(
+            f"{name}: the folder {path!r} holds the splits {', '.join(sorted(splits))}; list the files of one split: "
+            f"{_as_option(name, splits[wanted])}"
+        )
+    unread = [
+        file
+        for file in _files_within(Path(path))
+        if file not in files and (_is_parquet(file) or file.suffix.lower() in LINE_SUFFIXES)
+    ]
+    if unread:
+        more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
+        raise ValueError(
+            f"{name}: of the folder {path!r} only the .parquet files right in it are read, not {unread[0]}{more}; list "
+            f"the files to read: {_as_option(name, files)}"
+        )
+
+
+def _as_option(name: str, files: list[Path]) -> str:
+    """The option with these files, as one types it; of many the first two."""
+    listed = [*map(str, files[:2]), *(["..."] if len(files) > 2 else [])]
+    return f"--{name} {listed[0]}" if len(files) == 1 else f"--{name} '[{', '.join(listed)}]'"
+
+
+def source_places(path: str) -> set[str]:
+    """What a source is read from, so that two can be compared: its files wherever links lead, or hub id and split."""
+    files = {str(file.resolve()) for file in source_files(path)}
+    return files or {path if ":" in path else f"{path}:train"}
+
+
 def content_hash(path: str) -> str:
     """sha256 of what a source holds: the bytes of its files; for a hub set the fingerprint that `datasets` gives it."""
-    kind = source_kind(path)
-    if kind == "hub":
-        return str(_load_arrow(path)._fingerprint)
+    if source_kind(path) == "hub":
+        return str(_load_set(path)._fingerprint)
     digest = hashlib.sha256()
-    root = _set_folder(path, "data") if kind == "folder" else Path(path).expanduser()
-    assert root is not None
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if file.is_file():
-            digest.update(str(file.relative_to(root)).encode())
-            with open(file, "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    root = _set_folder(path, "data") or Path(path)
+    for file in source_files(path):
+        digest.update(str(file.relative_to(root)).encode())
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -216,7 +276,7 @@ def read_rows(source: int, path: str) -> Iterator[RawRow]:
     elif kind == "json":
         yield from _read_json(source, path)
     else:
-        for index, row in enumerate(_load_arrow(path)):
+        for index, row in enumerate(_read_parquet(path) if kind == "parquet" else _load_set(path)):
             text = json.dumps(_without_nulls(row), default=str)
             yield RawRow(source, path, index, text, has_lines=False)
 
@@ -229,7 +289,7 @@ def _refuse_utf16(path: str, head: bytes) -> None:
 
 
 def _read_lines(source: int, path: str) -> Iterator[RawRow]:
-    with open(Path(path).expanduser(), "rb") as stream:
+    with open(Path(path), "rb") as stream:
         _refuse_utf16(path, stream.read(64))
         stream.seek(0)
         _refuse_list(path, stream)
@@ -259,7 +319,7 @@ def _refuse_list(path: str, lines: Iterable[bytes]) -> None:
 
 def _read_json(source: int, path: str) -> Iterator[RawRow]:
     """A JSON list of objects; a file of one object a line is read as lines, a single object as one row."""
-    data = Path(path).expanduser().read_bytes()
+    data = Path(path).read_bytes()
     _refuse_utf16(path, data[:64])
     try:
         text = data.decode("utf-8-sig")
@@ -282,29 +342,33 @@ def _read_json(source: int, path: str) -> Iterator[RawRow]:
         yield RawRow(source, path, index, row, has_lines=False)
 
 
-def _load_arrow(path: str) -> Any:
-    """A `datasets.Dataset` from Parquet, a save_to_disk folder, or a hub id with an optional :split."""
+def _read_parquet(path: str) -> Iterator[dict[str, Any]]:
+    """Rows straight from the files: a copy that `datasets` keeps of them goes by path and time of change alone."""
     import datasets
 
-    kind = source_kind(path)
-    expanded = str(Path(path).expanduser())
-    if kind == "parquet":
-        files = sorted(glob.glob(f"{glob.escape(expanded)}/*.parquet")) if Path(expanded).is_dir() else [expanded]
+    files = source_files(path)
+    try:
+        # its paths are patterns: a[1].parquet would be a1.parquet
+        rows = datasets.IterableDataset.from_parquet([glob.escape(str(file)) for file in files])
+        for batch in rows.iter(PARQUET_ROWS):
+            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    except Exception as error:  # pyarrow and datasets raise a dozen types for an unreadable file
+        if isinstance(error, datasets.table.CastError) and len(files) > 1:  # its own text is two schemas
+            odd = sorted({*error.table_column_names} ^ {*error.requested_column_names})
+            raise ValueError(
+                f"{path}: its Parquet files differ in the columns {', '.join(odd)}; give them the same ones, or "
+                "list the files"
+            ) from error
+        raise ValueError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
+
+
+def _load_set(path: str) -> Any:
+    """A `datasets.Dataset` from a save_to_disk folder or a hub id with an optional :split."""
+    import datasets
+
+    if folder := _set_folder(path, "data"):
         try:
-            return datasets.Dataset.from_parquet(files)
-        except Exception as error:  # pyarrow and datasets raise a dozen types for an unreadable file
-            cause = error.__cause__ or error  # datasets wraps what is wrong in words that do not say it
-            if isinstance(cause, datasets.table.CastError) and len(files) > 1:  # its own text is two schemas
-                odd = sorted({*cause.table_column_names} ^ {*cause.requested_column_names})
-                raise ValueError(
-                    f"{path}: its Parquet files differ in the columns {', '.join(odd)}; give them the same ones, or "
-                    "list the files"
-                ) from error
-            reason = one_line(cause)
-            raise ValueError(f"{path}: not a readable Parquet file: {reason}") from error
-    if kind == "folder":
-        try:
-            return datasets.load_from_disk(str(_set_folder(path, "data")))
+            return datasets.load_from_disk(str(folder))
         except Exception as error:
             raise ValueError(f"{path}: not a readable `datasets` folder: {one_line(error)}") from error
     name, _, split = path.partition(":")

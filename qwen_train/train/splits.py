@@ -1,11 +1,10 @@
 """The rows that a training reads as token arrays, the same on every rank."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_train.config import SFTConfig
 from qwen_train.data.chat import ChatOptions
-from qwen_train.data.sources import data_splits, resolve_paths
+from qwen_train.data.sources import data_splits, resolve_paths, source_places
 from qwen_train.data.tokenize import TokenDataset, tokenize
 from qwen_train.train.distributed import Run
 
@@ -39,12 +38,14 @@ def load_split(run: Run, config: SFTConfig, name: str, tokenizer: "PreTrainedTok
 
 
 def _trained_on(config: SFTConfig, name: str, held_out: TokenDataset) -> list[str]:
-    """A warning for each path of held-out rows that is one of data.train's too; single rows are launch/check.py's."""
+    """A warning for each path of held-out rows whose files are data.train's too; single rows are launch/check.py's."""
     if name == "data.train":
         return []
-    trained = {Path(source.path).resolve() for source in resolve_paths(config.data.train)}
-    return [
-        f"warning: {name}: {path} is trained on as well; take it out of one of the two"
-        for path in held_out.paths
-        if Path(path).resolve() in trained
-    ]
+    trained = {place for source in resolve_paths(config.data.train) for place in source_places(source.path)}
+    warnings = []
+    for path in held_out.paths:
+        both = sorted(source_places(path) & trained)
+        if both:
+            what = path if len(both) == len(source_places(path)) else f"{both[0]} of {path}"
+            warnings.append(f"warning: {name}: {what} is trained on as well; take it out of one of the two")
+    return warnings
