@@ -765,11 +765,24 @@ def _refuse_depth(text: str, path: Path) -> None:
 
 
 def _one_length(argv: list[str], in_files: set[str], on_command_line: set[str]) -> list[str]:
-    """`--run.steps` on the command line replaces a file's `run.epochs`, and the other way round."""
+    """`--run.steps` on the command line replaces a file's `run.epochs`, and the other way round; null does not."""
     for given, other in (("run.steps", "run.epochs"), ("run.epochs", "run.steps")):
         if given in on_command_line and other in in_files and other not in on_command_line:
+            if _last_value(argv, given).lower() in ("null", "~"):  # in YAML's words
+                return argv
             return [*argv, f"--{other}", "null"]
     return argv
+
+
+def _last_value(argv: Sequence[str], name: str) -> str:
+    """The word that a command line gives a field, of several the one that counts."""
+    value = ""
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if word == f"--{name}":
+            value = following
+        elif word.startswith(f"--{name}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def _from_repository(config: Config) -> Config:

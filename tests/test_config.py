@@ -202,6 +202,19 @@ def test_later_files_and_the_command_line_win(tmp_path: Path):
     assert (config.optim.lr, config.run.epochs, config.run.steps) == (5e-5, None, 3)
 
 
+@pytest.mark.parametrize(
+    "null", [["--run.epochs", "null"], ["--run.epochs=~"], ["--run.epochs=2", "--run.epochs=null"]]
+)
+def test_null_does_not_replace_the_length_that_a_file_gives(null: list[str], tmp_path: Path):
+    (tmp_path / "more.yaml").write_text("run: {epochs: 2}\n")
+    config, _ = load_config(SFTConfig, ["--config", str(TINY / "sft.yaml"), *null])
+    assert config.run.steps == yaml.safe_load((TINY / "sft.yaml").read_text())["run"]["steps"]
+    assert config.run.epochs is None
+    swapped = [word.replace("epochs", "steps") for word in null]
+    files = ["--config", str(ROOT / "configs/sft_qwen2.5_7b_lora.yaml"), "--config", str(tmp_path / "more.yaml")]
+    assert load_config(SFTConfig, [*files, *swapped])[0].run.epochs == 2
+
+
 def test_the_command_line_wins_wherever_it_stands(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("data: {train: a.jsonl}\noptim: {lr: 1.0e-3}\nlora: {r: 4}\n")
     (tmp_path / "b.yaml").write_text("optim: {lr: 1.0e-4}\nlora: {r: 8}\nrun: {epochs: 2}\n")
