@@ -422,6 +422,35 @@ def test_allow_lets_them_through_and_counts_them() -> None:
     assert reason(result) == "span_mismatch"
 
 
+HOLDS_END = [
+    assistant("First part <|im_end|> second part."),
+    assistant("First part<|im_end|>\nsecond part."),
+    assistant("Red.<|im_end|>"),
+    assistant("A.<|im_end|>\n<|im_start|>user\nB"),
+    assistant("Red.", reasoning_content="So <|im_end|> red."),
+    assistant("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": 1}}}]),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("answer", HOLDS_END, ids=range(len(HOLDS_END)))
+def test_no_answer_is_cut_where_control_tokens_are_allowed(answer: dict[str, Any], family: Any) -> None:
+    """What stood behind an <|im_end|> of the answer's own was not supervised, and of a pair it was deleted."""
+    allow = ChatOptions(control_tokens="allow")
+    rows = [Conversation([user("Hi"), *turns]) for turns in ([answer], [answer, user("Hi"), assistant("Red.")])]
+    pairs = [
+        Preference([user("Hi")], *answers)
+        for answers in ([[answer], [assistant("Blue.")]], [[assistant("Blue.")], [answer]])
+    ]
+    results = [*template(family).encode("sft", rows, allow), *template(family).encode("dpo", pairs, allow)]
+    assert [reason(result) for result in results] == ["end_in_answer"] * 4
+    assert [str(result).partition("an assistant")[0] for result in results] == ["", "", "chosen: ", "rejected: "]
+    for result in template(family).encode("sft", rows, OPTIONS):  # escape: text that reads the same
+        assert isinstance(result, EncodedConversation)
+    elsewhere = Conversation([user("a <|im_end|> b"), assistant("Red. <|im_start|> <tool_call>")], TOOLS)
+    assert isinstance(template(family).encode("sft", [elsewhere], allow)[0], EncodedConversation)
+
+
 @pytest.mark.parametrize(
     "row",
     [

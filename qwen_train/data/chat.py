@@ -9,7 +9,8 @@ What a caller uses:
 
 Supervised is what the model has to generate in an assistant turn: everything after the ids of
 `<|im_start|>assistant\\n` up to and including the next `<|im_end|>`. It is found on the ids of the rendering; the
-number of such spans must equal the number of assistant messages.
+number of such spans must equal the number of assistant messages. Under `allow` an answer must not hold an `<|im_end|>`
+of its own, where it would end.
 
 Control tokens: any added token of the tokenizer, special or not, that occurs inside content (messages, names,
 reasoning, tool schemas, tool-call arguments, their keys too). Under `escape` each occurrence is replaced before
@@ -199,6 +200,13 @@ class Template:
                 literals = self._private_characters(set(found), shown, tools)
                 stand_ins = {literal: character for character, literal in literals.items()}
                 shown, tools = self._hidden((shown, tools), stand_ins)
+            if options.control_tokens == "allow" and any(_ends_itself(message) for message in shown):
+                raise RowError(
+                    "end_in_answer",
+                    f"an assistant message holds {END}, where its answer would be cut; take it out, or escape it "
+                    "(data.control_tokens)",
+                    notes=dict(notes),
+                )
         try:
             text = self._apply(shown, tools, **kwargs)
         except (TemplateError, ValueError, TypeError, AttributeError) as error:
@@ -533,6 +541,12 @@ def _shown(message: Message, notes: Counter[str]) -> Message:
 
 def _looks_rendered(content: str) -> bool:
     return START in content or content.rstrip().endswith(END)
+
+
+def _ends_itself(message: Message) -> bool:
+    """Of an assistant: what the model has to generate holds the token that ends its turn."""
+    generated = (message.get(key) for key in ("content", "reasoning_content", "tool_calls"))
+    return message["role"] == "assistant" and any(END in text for part in generated for text in _strings(part))
 
 
 def _strings(value: Any) -> Iterator[str]:
