@@ -252,6 +252,21 @@ def test_unknown_format_names_keys_and_formats() -> None:
         formats.check_format("preference", "sft")
 
 
+@pytest.mark.parametrize("key", ["content", "role"])
+def test_a_key_given_twice_is_refused_by_name(key: str) -> None:
+    """`json` takes the last of the two; one of them was trained without a word."""
+    text = json.dumps({"messages": [U, A], "tools": [{"name": "f"}]})
+    parse_row(text, "sft")
+    value = json.dumps(A[key])
+    twice = text.replace(f'"{key}": {value}', f'"{key}": {value}, "{key}": {value}')
+    assert twice != text
+    with pytest.raises(RowError, match=f"^malformed JSON: the key '{key}' is given twice in one object$"):
+        parse_row(twice, "sft")
+    call = {**A, "tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]}
+    with pytest.raises(RowError, match=r"arguments is not JSON: .* the key 'x' is given twice in one object$"):
+        sft({"messages": [U, call]})
+
+
 @pytest.mark.parametrize("text", ["{", '{"a": NaN}', '{"a": 1e400}', '{"a": -1e400}', "", '{"a": 1} x', "[" * 100_000])
 def test_malformed_json(text: str) -> None:
     with pytest.raises(RowError) as caught:

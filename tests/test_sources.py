@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from qwen_train.config import DataConfig, DPOConfig, SFTConfig
-from qwen_train.data.formats import Conversation, parse_row
+from qwen_train.data.formats import Conversation, RowError, parse_row
 from qwen_train.data.sources import (
     Source,
     content_hash,
@@ -298,12 +298,36 @@ def test_arrow_nulls_are_removed_and_own_nulls_are_not(tmp_path: Any) -> None:
     assert call["function"]["arguments"] == {"x": None, "y": [None, {}]}
 
 
-def test_a_number_that_no_float_holds_is_refused_in_a_list_too(tmp_path: Any) -> None:
-    (tmp_path / "a.json").write_text('[{"n": 1e308},\n{"n": 1e400}]')
-    with pytest.raises(ValueError, match=r"a\.json: malformed JSON: the number 1e400 is beyond the range of a float"):
-        list(read_rows(0, str(tmp_path / "a.json")))
-    (tmp_path / "a.json").write_text('[{"n": 1e308}]')
-    assert [row for _, row in places_and_rows(tmp_path / "a.json")] == [{"n": 1e308}]
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ('{"n": 1e400}', "the number 1e400 is beyond the range of a float"),
+        ('{"n": NaN}', "NaN is not JSON"),
+        ('{"messages": [{"content": "GOOD", "content": "BAD"}]}', "the key 'content' is given twice in one object"),
+    ],
+)
+def test_a_row_of_a_list_is_refused_by_itself(row: str, problem: str, tmp_path: Path) -> None:
+    """The reader of lists took the last of two keys, and one number that no float holds for a broken file."""
+    good = {"messages": [U, A], "n": 1e308}
+    (tmp_path / "a.json").write_text(f"\n[ {json.dumps(good)},\n{row} ,{json.dumps(good, indent=1)}]\n")
+    rows = list(read_rows(0, str(tmp_path / "a.json")))
+    assert [r.row for r in rows] == [0, 1, 2] and [json.loads(rows[i].text) for i in (0, 2)] == [good, good]
+    with pytest.raises(RowError) as caught:
+        parse_row(rows[1].text, "sft")
+    assert caught.value.reason == "bad_json" and str(caught.value).endswith(problem)
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"n": 1},]', '[{"n": 1} {"n": 2}]', '[{"n": 1}', '[{"n": 1}]]', '[{"n": 1}] {', "[,]", '[{"n": 1},', "["]
+)
+def test_a_broken_list_is_one_error_and_no_row(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json:1: malformed JSON"):
+        next(read_rows(0, str(tmp_path / "a.json")))
+    with pytest.raises(ValueError):
+        json.loads(text)
+    (tmp_path / "a.json").write_text("[ ]\n")
+    assert list(read_rows(0, str(tmp_path / "a.json"))) == []
 
 
 def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,18 +86,28 @@ def finite_float(text: str) -> float:
     return value
 
 
-def loads(text: str) -> Any:
-    """JSON as the standard has it, its numbers finite; raises ValueError or RecursionError."""
-    return json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key given twice, of which `json` would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(
+    parse_constant=refuse_constant, parse_float=finite_float, object_pairs_hook=unique_keys
+)  # made once: json.loads makes one a call when it is given any of these
 
 
 def _loads(text: str) -> Any:
-    """JSON at most MAX_DEPTH deep: what renders and counts values later recurses.
+    """JSON as the standard has it, its numbers finite, each key given once, and at most MAX_DEPTH deep.
 
-    Raises ValueError with the problem in one line.
+    What renders and counts values later recurses. Raises ValueError with the problem in one line.
     """
     try:
-        value = loads(text)
+        value = DECODER.decode(text)
         if text.count("[") + text.count("{") > MAX_DEPTH:
             level = [value]
             for _ in range(MAX_DEPTH):
@@ -114,9 +124,10 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def is_json(text: str) -> bool:
+    """Whether the text has JSON's form, be it a row that can be used or not."""
     try:
-        _loads(text)
-    except ValueError:
+        json.loads(text)
+    except (ValueError, RecursionError):
         return False
     return True
 

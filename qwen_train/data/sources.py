@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_train.config import DataPaths, DPOConfig, Kind, SFTConfig
-from qwen_train.data.formats import check_format, is_json, loads, one_line
+from qwen_train.data.formats import check_format, is_json, one_line
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z0-9])", re.IGNORECASE)
+NOT_BLANK = re.compile(r"[^ \t\n\r]")  # for JSON
 HUB_FILE = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
 PARQUET_ROWS = 1000
 """Rows of a Parquet file that are turned into Python objects at a time."""
@@ -333,13 +334,39 @@ def _read_json(source: int, path: str) -> Iterator[RawRow]:
             yield RawRow(source, path, 0, text, has_lines=False)
         return
     try:
-        rows = loads(text)
-        texts = [json.dumps(row) for row in rows]
+        items = list(_list_items(text))
     except (ValueError, RecursionError) as error:
         place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         raise ValueError(f"{place}: malformed JSON: {error}; repair it, or save one object a line as .jsonl") from None
-    for index, row in enumerate(texts):
-        yield RawRow(source, path, index, row, has_lines=False)
+    for index, (start, end) in enumerate(items):
+        yield RawRow(source, path, index, text[start:end], has_lines=False)
+
+
+def _list_items(text: str) -> Iterator[tuple[int, int]]:
+    """Where each item of a JSON list begins and ends; whether it makes a row is not asked here.
+
+    Raises JSONDecodeError or RecursionError.
+    """
+
+    decoder, place = json.JSONDecoder(), _after_blanks(text, text.index("[") + 1)
+    while not text.startswith("]", place):
+        _, end = decoder.raw_decode(text, place)
+        yield place, end
+        place = _after_blanks(text, end)
+        if not text.startswith(",", place):
+            break
+        place = _after_blanks(text, place + 1)
+        if text.startswith("]", place):
+            raise json.JSONDecodeError("Expecting value", text, place)
+    if not text.startswith("]", place):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+    if (rest := _after_blanks(text, place + 1)) < len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
+
+
+def _after_blanks(text: str, place: int) -> int:
+    found = NOT_BLANK.search(text, place)
+    return found.start() if found else len(text)
 
 
 def _read_parquet(path: str) -> Iterator[dict[str, Any]]:
