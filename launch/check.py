@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from qwen_train.config import ModelConfig, load_for_tool, tool_parser
+from qwen_train.config import ModelConfig, load_for_tool, print_errors, print_warnings, tool_parser
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
 from qwen_train.data.sources import Source, data_splits, find_sources
@@ -37,8 +37,7 @@ def main(argv: list[str]) -> int:
     if options.show < 0:
         raise ValueError(f"--show: must be >= 0, got {options.show}; give the number of rows to print")
     kind, config, warnings = load_for_tool(options, others)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    print_warnings(warnings)
     splits, sources = data_splits(config), find_sources(config)
     outputs = {"--dump": options.dump, "--html": options.html}
     refuse_overwriting({name: path for name, path in outputs.items() if path}, sources)
@@ -88,7 +87,7 @@ def start_of(model: ModelConfig) -> ModelConfig:
     if model.adapter is None:
         return model
     if not Path(model.adapter).exists():
-        print(f"warning: model.adapter: {model.adapter} is not there yet; checking with {model.path}", file=sys.stderr)
+        print_warnings([f"model.adapter: {model.adapter} is not there yet; checking with {model.path}"])
         return model
     base = find_base(model.adapter) or model.path
     return model if base == model.path else replace(model, path=base, revision=None)
@@ -165,7 +164,6 @@ if __name__ == "__main__":
     try:
         code = main(sys.argv[1:])
     except (ValueError, CannotWriteError, argparse.ArgumentError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_errors(str(error))
         code = 2
     sys.exit(code)

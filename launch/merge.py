@@ -15,7 +15,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", help="conversations or pairs to measure on; by default the model's own answers")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: the base's")
     options, others = parser.parse_known_args(argv)
-    refuse_options([word.split("=")[0][2:] for word in others if word.startswith("--")], options)
+    refuse_options(others, options)
     if others:
         raise ValueError(f"command line: {others[0]!r} belongs to no option; see --help")
     for name in ("adapter", "out"):  # not argparse's `required`, which would hide the name that was misspelt

@@ -9,30 +9,35 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from qwen_train.config import SFTConfig, load_for_tool, print_errors, tool_parser
+from qwen_train.config import SFTConfig, load_for_tool, print_errors, print_warnings, refuse_alike, tool_parser
 from qwen_train.model.memory import CARDS, GIB, DoesNotFitError
 from qwen_train.train.signals import Interrupted
 
 PIPE_WIDTH = 200
+MEASURED_STEPS = 5
 
 
 def main(argv: list[str]) -> int:
     """Plan, measure, and return the exit code. Raises ValueError or ArgumentError for mistakes."""
     options, others = parser().parse_known_args(argv)
-    check(options)
+    check(options, others)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    if options.table:
+        from qwen_train.output import plan_view
+
+        table = plan_view.markdown_table(plan_view.shipped_configs())
+        console.print(table, markup=False, soft_wrap=True)
+        return 0
     _, config, warnings = load_for_tool(options, others)
-    if os.environ.get("RANK", "0") == "0":
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+    print_warnings(warnings)
     # Only now, as --help and a mistyped field need not wait for transformers.
     from qwen_train.model.adapters import resolve_start
     from qwen_train.model.shapes import shape_of
@@ -40,10 +45,6 @@ def main(argv: list[str]) -> int:
     from qwen_train.train.probe import idle_gpus
     from qwen_train.train.sharding import check_shardable
 
-    if options.table:
-        table = plan_view.markdown_table(plan_view.shipped_configs())
-        console.print(table, markup=False, soft_wrap=True)
-        return 0
     if config.model.continues:
         if Path(str(config.model.adapter)).exists():
             config, _ = resolve_start(config)  # its rank is that of the adapter
@@ -78,7 +79,7 @@ def measure(options: argparse.Namespace, console: Console, config: SFTConfig, sh
     try:
         run.check(config)
         check_packages(config)
-        measured = measure_steps(run, config, shape, longest_row(config), options.steps)
+        measured = measure_steps(run, config, shape, longest_row(config), options.steps or MEASURED_STEPS)
     finally:
         run.close()
     if run.is_main and options.json:
@@ -96,18 +97,26 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--memory", type=float, metavar="GIB", help="free memory of a GPU; default: this machine's, or "
                       + ", ".join(CARDS))  # fmt: skip
     made.add_argument("--measure", action="store_true", help="train random weights for a few worst-case steps")
-    made.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps after the warm-up (default 5)")
+    made.add_argument(
+        "--steps", type=int, metavar="N", help=f"measured steps after the warm-up (default {MEASURED_STEPS})"
+    )
     made.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     made.add_argument("--table", action="store_true", help="print the README's table of all configs, and nothing else")
     return made
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse (ValueError) numbers that mean nothing, and options that do not go together."""
+def check(options: argparse.Namespace, others: Sequence[str]) -> None:
+    """Refuse (ValueError) numbers that mean nothing, and options (`others`: the config's) that do not go together."""
     for name in ("gpus", "shards", "memory", "steps"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:  # not so for nan
             raise ValueError(f"--{name}: must be a number > 0, got {value}")
+    alone = vars(parser().parse_args(["--table"]))
+    if options.table and (others or vars(options) != alone):
+        more = [f"--{name}" for name, value in vars(options).items() if value != alone[name]] + [*others[:1]]
+        raise ValueError(f"--table: is of all shipped configs on the usual cards; leave out {', '.join(more)}")
+    if options.steps is not None and not options.measure:
+        raise ValueError("--steps: counts measured steps, got no --measure; add it, or leave --steps out")
     if options.measure and (options.gpus > 1 or options.shards or options.memory):
         raise ValueError(
             "--measure: takes the GPUs that there are, one a process of accelerate launch; leave out --gpus, --shards "
@@ -132,9 +141,7 @@ if __name__ == "__main__":
     try:
         code = main(sys.argv[1:])
     except (ValueError, argparse.ArgumentError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print_errors(str(error))
-        code = 1 if isinstance(error, DoesNotFitError) else 2
+        refuse_alike(str(error), code=1 if isinstance(error, DoesNotFitError) else 2)
     except torch.OutOfMemoryError as error:  # of numbers that are given; `auto` ones become smaller
         print_errors(f"does not fit: out of memory ({str(error).splitlines()[0]})")
         code = 1

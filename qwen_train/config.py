@@ -38,7 +38,8 @@ OWN_DATA = {"data.train", "data.eval", "data.eval_sft"}
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
 MAX_DEPTH = 20  # levels of a YAML file: sections, fields, a list, {path: weight}, and room
 MAX_MESSAGE = 1000  # characters of a line about a mistake
-TIMED_NAME = re.compile(r".+-\d{8}-\d{6}")  # a run.name that was made up from the time
+TIMED_NAME = re.compile(r".+-\d{8}-\d{6}(-\d+)?")  # a run.name that was made up from the time
+MADE_UP: set[str] = set()  # those of this process: a new run's, whatever folder has the name by now
 
 
 def _refuse(problems: Sequence[str | None]) -> None:
@@ -552,11 +553,18 @@ def from_command_line(config_class: type[Config]) -> tuple[Config, list[str]]:
         refuse_alike(str(error))
 
 
-def refuse_alike(message: str) -> NoReturn:
-    """End with code 2 for what every process finds wrong; the first of each machine says so."""
+def refuse_alike(message: str, code: int = 2) -> NoReturn:
+    """End with `code` for what every process finds wrong; the first of each machine says so."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print_errors(message)
-    sys.exit(2)
+    sys.exit(code)
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Of the config, by the first process of all: they have the same one, or are refused."""
+    if os.environ.get("RANK", "0") == "0":
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def print_errors(message: str) -> None:
@@ -608,6 +616,7 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
     if config.run.name is None:
         stem = files[-1].stem if files else config_class.__name__.removesuffix("Config").lower()
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        MADE_UP.add(name)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     return config, notices + _judge_idle(config, on_command_line, in_files)
 
@@ -679,17 +688,17 @@ def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
 def load_for_tool(options: argparse.Namespace, others: Sequence[str]) -> tuple[Kind, SFTConfig, list[str]]:
     """The task, its config and the warnings of what `tool_parser` has parsed and left over. Raises ValueError."""
     known = ("print_config", *_sections(DPOConfig))
-    names = [word.split("=")[0][2:] for word in others if word.startswith("--")]
-    refuse_options([name for name in names if "." not in name and name not in known], options)
+    refuse_options([word for word in others if "." not in word.split("=")[0]], options, known)
     task = options.task or task_of(options.config, others)
     argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
     config, warnings = load_config(SFTConfig if task == "sft" else DPOConfig, argv)
     return task, config, warnings
 
 
-def refuse_options(names: Sequence[str], options: argparse.Namespace) -> None:
-    """Refuse (ValueError) names of options that a script has not, with the nearest of those that it has."""
-    for name in names:
+def refuse_options(words: Sequence[str], options: argparse.Namespace, known: Sequence[str] = ()) -> None:
+    """Refuse (ValueError) options that a script has not, by the words that it left over, with the nearest it has."""
+    names = [word.split("=")[0][2:] for word in words if word.startswith("--")]
+    for name in [name for name in names if name not in known]:
         near = difflib.get_close_matches(name, [option.replace("_", "-") for option in vars(options)], n=1)
         raise ValueError(f"--{name}: no such option; {f'did you mean --{near[0]}?' if near else 'see --help'}")
 
