@@ -63,3 +63,15 @@ def test_sharding_that_does_not_take_place_is_said(stem: str, kind: str, monkeyp
     )
     notes = judge_settings(accelerator)
     assert ["FSDP is ignored" in note for note in notes] == ([True] if stem == "fsdp2" else [])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16", "fp8"])
+def test_mixed_precision_that_accelerate_is_asked_for_is_ignored_and_said(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+):
+    environment(ROOT / "configs/accelerate/single.yaml", monkeypatch)  # nothing is left of what is set here
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    dynamo = SimpleNamespace(backend=SimpleNamespace(value="NO"))
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.NO, state=SimpleNamespace(dynamo_plugin=dynamo))
+    line = f"accelerate: mixed_precision {precision} is ignored: model.dtype and model.quantization say"
+    assert judge_settings(accelerator) == ([] if precision == "no" else [line])

@@ -52,7 +52,8 @@ ALL_REDUCE_BYTES = 256 * 2**20
 class Run:
     """This process among its ranks.
 
-    rank, world_size, is_main, device as usual; `sharded` under FSDP2. All ranks call every method together.
+    rank, world_size, is_main, device as usual; `sharded` under FSDP2. All ranks call its methods together, but for
+    `note`, `post`, `posted`, `stop_signal`, `departure` and `close`, which each calls by itself.
     """
 
     def __init__(self, seed: int, deterministic: bool) -> None:

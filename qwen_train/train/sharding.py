@@ -74,7 +74,7 @@ def judge_settings(accelerator: Accelerator) -> list[str]:
             "by batch.tokens_per_microbatch"
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision in ("fp16", "fp8"):
+    if precision != "no":
         notes.append(f"accelerate: mixed_precision {precision} is ignored: model.dtype and model.quantization say")
     if accelerator.state.dynamo_plugin.backend.value not in ("no", "NO"):
         notes.append("accelerate: dynamo_backend is ignored: model.compile compiles the decoder layers")
