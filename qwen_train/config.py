@@ -36,6 +36,7 @@ HEADS = ("lm_head", "embed_tokens")
 """Last names of the modules beside the decoder layers, on which no adapter is trained."""
 OWN_DATA = {"data.train", "data.eval", "data.eval_sft"}
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
+MAX_STEPS = 10**9  # of a run: three years at 10 a second; dates and clocks end a few powers of ten above
 MAX_DEPTH = 20  # levels of a YAML file: sections, fields, a list, {path: weight}, and room
 MAX_MESSAGE = 1000  # characters of a line about a mistake
 TIMED_NAME = re.compile(r".+-\d{8}-\d{6}(-\d+)?")  # a run.name that was made up from the time
@@ -396,8 +397,14 @@ class RunConfig:
                     self.epochs is None or self.steps is None,
                     f"run.steps: got both steps {self.steps} and epochs {self.epochs}; give one of them",
                 ),
-                _unless(self.epochs is None or self.epochs > 0, f"run.epochs: must be > 0, got {self.epochs}; try 1"),
-                _unless(self.steps is None or self.steps > 0, f"run.steps: must be > 0, got {self.steps}; try 100"),
+                _unless(
+                    self.epochs is None or 0 < self.epochs <= MAX_STEPS,
+                    f"run.epochs: must be in (0, {MAX_STEPS:,}], got {self.epochs}; try 1",
+                ),
+                _unless(
+                    self.steps is None or 0 < self.steps <= MAX_STEPS,
+                    f"run.steps: must be in [1, {MAX_STEPS:,}], got {self.steps}; try 100",
+                ),
                 _unless(0 <= self.seed < 2**32, f"run.seed: must be in [0, 2^32), got {self.seed}; try 42"),
                 _unless(self.log_every > 0, f"run.log_every: must be > 0 steps, got {self.log_every}; try 10"),
                 _unless(self.keep > 0, f"run.keep: must be > 0 checkpoints, got {self.keep}; try 2"),
