@@ -6,29 +6,22 @@ Exit code: 0 clean; 1 rows in error; 2 a config, a file or an option that cannot
 
 import argparse
 import json
-import os
 import sys
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack
 
-from rich.console import Console
-from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
-
-from qwen_train.config import ModelConfig, load_for_tool, print_errors, print_warnings, tool_parser
+from qwen_train.config import load_for_tool, print_errors, print_warnings, tool_parser
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
 from qwen_train.data.sources import Source, data_splits, find_sources
 from qwen_train.data.tokenize import JudgedRow, judge
-from qwen_train.model.adapters import find_base
 from qwen_train.model.load import load_tokenizer
 from qwen_train.output.check_html import html_page
+from qwen_train.output.check_run import CannotWriteError, progress, refuse_overwriting, start_of, written
 from qwen_train.output.check_view import print_examples, print_report
+from qwen_train.output.console import stdout_console
 
 HTML_ROWS = 12
-PIPE_WIDTH = 200
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +56,7 @@ def main(argv: list[str]) -> int:
             for piece in html_page(report, title, template):
                 page(piece)
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = stdout_console()
     print_report(report, title, console)
     if options.show:
         print_examples(report.examples[: options.show], template, console)
@@ -80,83 +73,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dump", metavar="FILE", help="write token ids and labels of every kept row, one JSON a line")
     made.add_argument("--html", metavar="FILE", help="write the whole report, all problems and some rows as a page")
     return made
-
-
-def start_of(model: ModelConfig) -> ModelConfig:
-    """The model whose tokenizer the training takes: the base of `model.adapter`, or `model.path`."""
-    if model.adapter is None:
-        return model
-    if not Path(model.adapter).exists():
-        print_warnings([f"model.adapter: {model.adapter} is not there yet; checking with {model.path}"])
-        return model
-    base = find_base(model.adapter) or model.path
-    return model if base == model.path else replace(model, path=base, revision=None)
-
-
-def refuse_overwriting(outputs: dict[str, str], sources: dict[str, list[Source]]) -> None:
-    taken = {Path(source.path).resolve(): name for name, listed in sources.items() for source in listed}
-    for name, path in outputs.items():
-        place = Path(path).expanduser().resolve()
-        if place in taken:
-            raise ValueError(f"{name}: {path} is also {taken[place]}; choose another file")
-        taken[place] = name
-
-
-class CannotWriteError(Exception):
-    """An output file cannot be written; no ValueError, which would pass for a source that cannot be read."""
-
-
-@contextmanager
-def written(path: str, option: str) -> Iterator[Callable[[str], object]]:
-    """`write` of a text file that appears whole at the end, or not at all (a device is written to directly)."""
-    final = Path(path).expanduser()
-    direct = final.exists() and not final.is_file()
-    temporary = final if direct else final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
-
-    @contextmanager
-    def named() -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CannotWriteError(
-                f"{option}: {path} cannot be written ({error.strerror}); free space or choose another file"
-            ) from None
-
-    def write(text: str) -> None:
-        with named():
-            file.write(text)
-
-    with named():
-        file = open(temporary, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-    try:
-        yield write
-        with named():
-            file.close()
-            if not direct:
-                os.replace(temporary, final)
-    finally:
-        if not direct:
-            temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # after a failed write, what is still buffered fails once more
-            file.close()
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """Counts rows on stderr where that is a terminal; the value is called with the split's name for every row."""
-    if not sys.stderr.isatty():
-        yield lambda name: None
-        return
-    columns = (TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def count(name: str) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=None)
-            bar.advance(tasks[name])
-
-        yield count
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from qwen_train.config import SFTConfig, load_for_tool, print_errors, print_warnings, refuse_alike, tool_parser
 from qwen_train.model.memory import CARDS, GIB, DoesNotFitError
+from qwen_train.output.console import stdout_console
 from qwen_train.train.signals import Interrupted
 
-PIPE_WIDTH = 200
 MEASURED_STEPS = 5
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     """Plan, measure, and return the exit code. Raises ValueError or ArgumentError for mistakes."""
     options, others = parser().parse_known_args(argv)
     check(options, others)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = stdout_console()
     if options.table:
         from qwen_train.output import plan_view
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +37,7 @@ from qwen_train.data.tokenize import (
 )
 from qwen_train.output import check_view
 from qwen_train.output.check_html import html_page
+from qwen_train.output.check_run import CannotWriteError, start_of, written
 from qwen_train.output.check_view import print_examples, print_report, segments, share, visible
 from tests.support import SHARED, encode_one, mini_tokenizer, needs_shared, real_tokenizer
 
@@ -801,7 +803,7 @@ def test_bad_input_is_one_line_that_names_the_place(argv, message, script, monke
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        (ValueError, script.argparse.ArgumentError, script.CannotWriteError), match=re.escape(message)
+        (ValueError, script.argparse.ArgumentError, CannotWriteError), match=re.escape(message)
     ) as caught:
         script.main([word.format(tmp=tmp_path) for word in argv])
     assert "\n" not in str(caught.value)
@@ -822,14 +824,14 @@ def test_the_config_says_which_training_it_is(sections, argv, expected, tmp_path
     assert task_of([config_file(tmp_path, {}, **sections)], argv) == expected
 
 
-def test_a_file_is_written_whole_or_not_at_all(script, tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("old")
-    with pytest.raises(KeyError), script.written(str(path), "--dump") as put:
+    with pytest.raises(KeyError), written(str(path), "--dump") as put:
         put("half")
         raise KeyError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.jsonl"]
-    with script.written(str(path), "--dump") as put:
+    with written(str(path), "--dump") as put:
         put("new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["out.jsonl"]
 
@@ -842,6 +844,13 @@ def test_data_is_never_overwritten(script, tmp_path):
         out = str(tmp_path / "out")
         script.main(["--config", config_file(tmp_path, {"train": data}), "--dump", out, "--html", out])
     assert len(Path(data).read_text().splitlines()) == len(GOOD)
+    part = tmp_path / "parts" / "a.parquet"
+    part.parent.mkdir()
+    Dataset.from_list(GOOD).to_parquet(str(part))
+    before = part.read_bytes()
+    with pytest.raises(ValueError, match=re.escape(f"--html: {part} is also data.train")):
+        script.main(["--config", config_file(tmp_path, {"train": str(part.parent)}), "--html", str(part)])
+    assert part.read_bytes() == before
 
 
 def test_an_unreadable_source_does_not_hide_the_others(script, tmp_path, capsys):
@@ -854,13 +863,13 @@ def test_an_unreadable_source_does_not_hide_the_others(script, tmp_path, capsys)
     assert f"{good}:11: messages[0] has the role 'robot'" in out
 
 
-def test_the_tokenizer_is_that_of_the_adapters_base(script, tmp_path, capsys):
+def test_the_tokenizer_is_that_of_the_adapters_base(tmp_path, capsys):
     config, _ = load_config(SFTConfig, ["--config", str(TINY / "sft.yaml"), "--model.from_scratch", "false"])
     waiting = replace(config.model, adapter=str(tmp_path / "adapter"))
-    assert script.start_of(waiting).path == config.model.path
+    assert start_of(waiting).path == config.model.path
     assert "is not there yet" in capsys.readouterr().err
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     named = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path), "r": 4}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(named))
-    assert script.start_of(waiting).path == str(tmp_path)
+    assert start_of(waiting).path == str(tmp_path)
