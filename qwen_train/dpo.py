@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from qwen_train.config import DPOConfig, reference_source
-from qwen_train.data.chat import Template
 from qwen_train.data.packing import Batch
 from qwen_train.data.sources import find_sources
 from qwen_train.data.stream import (
     MicroBatches,
     Stream,
-    collate_conversations,
     collate_preferences,
     packed_lengths,
     packed_squares,
@@ -88,11 +86,11 @@ def train(config: DPOConfig, run: Run) -> None:
     held_out = skills = None
     if config.data.eval:
         eval_data = load_split(run, config, "data.eval", tokenizer)
-        held_out = hold_out_pairs(eval_data, config)
+        held_out = hold_out_pairs(eval_data, config, run.world_size)
     if held_out and config.data.eval_sft:
         sft_data = load_split(run, config, "data.eval_sft", tokenizer)
-        skills = hold_out(sft_data, collate_conversations(sft_data.dataset), Template(tokenizer), config)
-    stream = Stream.of(
+        skills = hold_out(sft_data, tokenizer, config, run.world_size)
+    stream = Stream(
         config,
         lengths=lengths,
         squares=packed_squares(data.dataset, config.reference.share_prompt),

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from qwen_train.config import SFTConfig
-from qwen_train.data.chat import Template
 from qwen_train.data.packing import Batch
 from qwen_train.data.sources import find_sources
 from qwen_train.data.stream import MicroBatches, Stream, collate_conversations, prefetch
@@ -54,8 +53,8 @@ def train(config: SFTConfig, run: Run) -> None:
     held_out = None
     if config.data.eval:
         eval_data = load_split(run, config, "data.eval", tokenizer)
-        held_out = hold_out(eval_data, collate_conversations(eval_data.dataset), Template(tokenizer), config)
-    stream = Stream.of(
+        held_out = hold_out(eval_data, tokenizer, config, run.world_size)
+    stream = Stream(
         config,
         lengths=data.column("length"),
         total_weights=data.column("total_weight"),

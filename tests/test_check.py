@@ -458,13 +458,11 @@ def test_plan_is_what_the_stream_does(template, tmp_path):
     plan = examine({"data.train": judged}, template, options, config).plan
     tokens = tokenize("sft", data["train"], template.tokenizer, options, workers=1, cache_dir=tmp_path / "cache")
     stream = Stream(
+        config,
         lengths=tokens.column("length"),
         total_weights=tokens.column("total_weight"),
         collate=lambda rows: check.empty_batch(),
-        sequences_per_step=4,
         tokens_per_microbatch=130,
-        seed=config.run.seed,
-        epochs=2.0,
         sources=tokens.column("source"),
         source_weights=[1.5, 1.0],
     )
@@ -472,7 +470,7 @@ def test_plan_is_what_the_stream_does(template, tmp_path):
     assert plan is not None
     assert (plan.steps, plan.rows_per_epoch, plan.epochs) == (len(steps), 24, 2.0)
     assert plan.tokens_per_step == pytest.approx(np.mean([step.num_tokens for step in steps]))
-    assert plan.microbatches_per_step == pytest.approx(np.mean([len(step) for step in steps]))
+    assert plan.microbatches_per_step == pytest.approx(np.mean([len(step.batches) for step in steps]))
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])

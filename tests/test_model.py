@@ -216,7 +216,7 @@ def test_accumulation_1x8_is_8x1(world: World, monkeypatch: pytest.MonkeyPatch):
     accumulate = Run.accumulate
 
     def counting(run: Run, microbatches: Any, step: int) -> Iterator[Batch]:
-        counts.append(len(microbatches))
+        counts.append(len(microbatches.batches))
         return accumulate(run, microbatches, step)
 
     monkeypatch.setattr(Run, "accumulate", counting)

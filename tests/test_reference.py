@@ -314,9 +314,7 @@ def test_the_weights_digest_is_of_the_base_alone(
 
 
 def step(batch) -> MicroBatches:
-    return MicroBatches(
-        batches=[batch], total_weight=1.0, num_tokens=1, num_sequences=1, mean_length=1.0, rows=[0], epoch=0.0
-    )
+    return MicroBatches(batches=[batch], total_weight=1.0, num_tokens=1, num_sequences=1, mean_length=1.0, epoch=0.0)
 
 
 def test_the_audit_passes_a_right_start(start: Path, run: Run, tmp_path: Path, cache_dir: Path, capsys) -> None:

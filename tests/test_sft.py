@@ -312,9 +312,9 @@ def stopping(function):
 @pytest.mark.parametrize(
     ("target", "call", "step"),
     [
-        ("evaluate.eval_batches", 2, 4),  # the evaluation after step 4, before its first batch
+        ("evaluate._in_evaluation", 2, 4),  # the evaluation after step 4, before its first batch
         ("PackedLM.sample", 3, 8),  # while the answers of step 8 are generated
-        ("evaluate.eval_batches", 5, STEPS),  # the last evaluation: the run is not finished without it
+        ("evaluate._in_evaluation", 5, STEPS),  # the last evaluation: the run is not finished without it
     ],
 )
 def test_stop_in_an_evaluation(tiny: Tiny, whole: Path, target: str, call: int, step: int):
@@ -331,7 +331,7 @@ def test_stop_in_an_evaluation(tiny: Tiny, whole: Path, target: str, call: int, 
 @pytest.mark.parametrize(
     ("target", "call"),
     [
-        ("evaluate.eval_batches", 1),  # the evaluation before the first step
+        ("evaluate._in_evaluation", 1),  # the evaluation before the first step
         ("qwen_train.data.tokenize._Judge.__call__", 1),  # tokenising
         ("qwen_train.model.load.load_model_config", 1),  # loading the model
     ],

@@ -1,5 +1,7 @@
 """The step stream: which rows a step holds, how they are spread, and that nothing but (seed, step) decides."""
 
+import contextlib
+import copy
 import itertools
 import os
 import re
@@ -9,6 +11,7 @@ import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_train.config import BatchConfig, DataConfig, RunConfig, SFTConfig
 from qwen_train.data import stream as stream_module
 from qwen_train.data.packing import TENSOR_FIELDS, Batch, pack_sequences
 from qwen_train.data.stream import (
@@ -24,14 +28,12 @@ from qwen_train.data.stream import (
     Stream,
     collate_conversations,
     collate_preferences,
-    eval_batches,
     packed_lengths,
     packed_squares,
     plan_microbatches,
     prefetch,
 )
 from qwen_train.train import evaluate
-from qwen_train.train.evaluate import HeldOut
 
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(2, 40, 101)
@@ -46,24 +48,30 @@ def collate(rows) -> Batch:
     return pack_sequences([SEQUENCES[row] for row in rows], rows)
 
 
-def make(**fields) -> Stream:
-    defaults = dict(lengths=LENGTHS, total_weights=WEIGHTS, collate=collate, sequences_per_step=8, seed=1)
-    return Stream(**{**defaults, "tokens_per_microbatch": 64, **fields})
+def make(*, sequences_per_step=8, seed=1, epochs=None, steps=None, shuffle=True, **fields) -> Stream:
+    """Without `epochs` it wraps for ever."""
+    config = SFTConfig(
+        data=DataConfig(train="x", shuffle=shuffle),
+        batch=BatchConfig(sequences_per_step=sequences_per_step),
+        run=RunConfig(seed=seed, epochs=epochs, steps=steps or (None if epochs else 10**9)),
+    )
+    defaults = dict(lengths=LENGTHS, total_weights=WEIGHTS, collate=collate, tokens_per_microbatch=64)
+    sources = np.zeros(len(fields.get("lengths", LENGTHS)), dtype=np.int32)
+    return Stream(config, **{**defaults, "sources": sources, "source_weights": [1.0], **fields})
 
 
 def held(stream: Stream, steps) -> list[int]:
     """Rows in the batches themselves, of every rank of the stream's world."""
-    fields = {name: value for name, value in vars(stream).items() if not name.startswith("_")}
-    fields = {name: value for name, value in fields.items() if name not in ("rank", "rows_per_epoch")}
-    ranks = [Stream(**fields, rank=rank) for rank in range(stream.world_size)]
-    return [row for step in steps for rank in ranks for batch in rank[step] for row in batch.rows]
+    ranks = [copy.copy(stream) for _ in range(stream.world_size)]
+    for rank, one in enumerate(ranks):
+        one.rank = rank
+    return [row for step in steps for one in ranks for batch in one[step].batches for row in batch.rows]
 
 
 def assert_same(one: MicroBatches, other: MicroBatches) -> None:
-    for name in ("total_weight", "num_tokens", "num_sequences", "mean_length", "rows", "epoch"):
+    for name in ("total_weight", "num_tokens", "num_sequences", "mean_length", "epoch"):
         assert getattr(one, name) == getattr(other, name), name
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip(one.batches, other.batches, strict=True):
         assert (a.rows, a.max_q, a.max_k, a.num_sequences) == (b.rows, b.max_q, b.max_k, b.num_sequences)
         for name in TENSOR_FIELDS:
             x, y = getattr(a, name), getattr(b, name)
@@ -87,14 +95,14 @@ def test_every_row_once_an_epoch_and_every_token(world_size, budget):
 
 def test_each_of_three_epochs_holds_every_row_in_another_order():
     stream = make(epochs=3, sequences_per_step=101)
-    epochs = [stream[step].rows for step in range(3)]
+    epochs = [stream.rows(step) for step in range(3)]
     assert all(sorted(epoch) == list(range(101)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_a_step_holds_the_same_rows_whatever_the_world_and_the_budget():
     steps = range(30)
-    plain = [make()[step] for step in steps]
+    plain, rows = [make()[step] for step in steps], [make().rows(step) for step in steps]
     for world_size in (1, 2, 3, 4):
         for budget in (40, 64, 1000):
             for rank in range(world_size):
@@ -102,13 +110,13 @@ def test_a_step_holds_the_same_rows_whatever_the_world_and_the_budget():
                 for step in steps:
                     share = stream[step]
                     expected = plain[step]
-                    assert share.rows == expected.rows
+                    assert stream.rows(step) == rows[step]
                     assert share.total_weight == expected.total_weight
                     assert (share.num_tokens, share.epoch) == (expected.num_tokens, expected.epoch)
             for step in steps:
                 whole = held(make(world_size=world_size, tokens_per_microbatch=budget), [step])
-                assert Counter(whole) == Counter(plain[step].rows)
-    assert [make(seed=2)[step].rows for step in steps] != [share.rows for share in plain]  # negative control
+                assert Counter(whole) == Counter(rows[step])
+    assert [make(seed=2).rows(step) for step in steps] != rows  # negative control
 
 
 def test_a_step_is_the_same_however_it_is_reached():
@@ -125,7 +133,7 @@ def test_a_step_is_the_same_however_it_is_reached():
 
 def test_a_seed_of_its_own_for_each_epoch():
     """(seed 1, epoch 2) and (seed 2, epoch 1) must not be the same permutation, as seed + epoch would have it."""
-    orders = {tuple(make(seed=seed, sequences_per_step=101)[epoch].rows) for seed in range(4) for epoch in range(4)}
+    orders = {tuple(make(seed=seed, sequences_per_step=101).rows(epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
 
@@ -140,33 +148,25 @@ def test_runs_by_epochs_end_with_a_smaller_step_and_runs_by_steps_wrap():
     assert [stream[step].num_sequences for step in range(13)] == [8] * 12 + [5]
     assert stream[12].epoch == 1.0
     # The loss of the smaller step is divided by its own tokens.
-    assert stream[12].total_weight == pytest.approx(float(stream.total_weights[stream[12].rows].sum()))
+    assert stream[12].total_weight == pytest.approx(float(stream.total_weights[stream.rows(12)].sum()))
     for outside in (13, -1):
         with pytest.raises(IndexError):
             stream[outside]
     endless = make()
     assert endless[12].num_sequences == 8 and endless[12].epoch == 104 / 101
-    assert endless[12].rows[:5] == stream[12].rows
-    assert endless[12].rows[5:] == make(sequences_per_step=101)[1].rows[:3]
+    assert endless.rows(12)[:5] == stream.rows(12)
+    assert endless.rows(12)[5:] == make(sequences_per_step=101).rows(1)[:3]
     assert make(epochs=0.5).total_steps == 7  # 50.5 rows are 51
     assert sum(make(epochs=0.5)[step].num_sequences for step in range(7)) == 51
     assert make(epochs=2).total_steps == 26 and make(steps=7).total_steps == 7
-    assert Stream(
-        lengths=LENGTHS[:10],
-        total_weights=WEIGHTS[:10],
-        collate=collate,
-        sequences_per_step=1,
-        tokens_per_microbatch=64,
-        seed=0,
-        epochs=1.1,
-    ).total_steps == 11  # fmt: skip
+    assert make(lengths=LENGTHS[:10], total_weights=WEIGHTS[:10], sequences_per_step=1, epochs=1.1).total_steps == 11
 
 
 def test_a_step_may_be_larger_than_the_data():
     stream = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8)
-    assert Counter(stream[0].rows + stream[1].rows + stream[2].rows) == {0: 8, 1: 8, 2: 8}
+    assert Counter(stream.rows(0) + stream.rows(1) + stream.rows(2)) == {0: 8, 1: 8, 2: 8}
     once = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8, epochs=1)
-    assert sorted(once[0].rows) == [0, 1, 2] and once.total_steps == 1
+    assert sorted(once.rows(0)) == [0, 1, 2] and once.total_steps == 1
 
 
 # ---- mixes ----
@@ -179,7 +179,7 @@ def test_sources_are_mixed_by_weight():
     stream = make(sources=sources, source_weights=[2.5, 0.25, 1, 0], sequences_per_step=stream.rows_per_epoch)
     drawn = []
     for step in range(6):
-        counts = Counter(stream[step].rows)
+        counts = Counter(stream.rows(step))
         copies = [[counts[row] for row in np.flatnonzero(sources == source)] for source in range(4)]
         assert Counter(copies[0]) == {2: 20, 3: 20}
         assert Counter(copies[1]) == {0: 15, 1: 5}
@@ -200,7 +200,7 @@ def test_a_fraction_of_a_row_is_carried_over_to_later_epochs(weights, num_rows, 
     """3 rows at 0.1 over 20 epochs were shown 0 times instead of 6."""
     sources = np.repeat([0, 1], [40, num_rows])
     stream = mixed(sources, weights, epochs=20, shuffle=shuffle)
-    rows = [row for step in range(stream.total_steps) for row in stream[step].rows]
+    rows = [row for step in range(stream.total_steps) for row in stream.rows(step)]
     for source, count in ((0, 40), (1, num_rows)):
         shown = sum(sources[row] == source for row in rows)
         assert shown == round(20 * Fraction(str(weights[source])) * count), "as many as expected, to half a row"
@@ -217,7 +217,7 @@ def test_a_fraction_of_a_row_is_carried_over_to_later_epochs(weights, num_rows, 
             )
             assert abs(sum(members) - weights[source] * count) < 1
     late = mixed(sources, weights, epochs=20, shuffle=shuffle)
-    assert late[stream.total_steps - 3].rows == stream[stream.total_steps - 3].rows, "a pure function of the step"
+    assert late.rows(stream.total_steps - 3) == stream.rows(stream.total_steps - 3), "a pure function of the step"
 
 
 def test_whole_shares_are_what_they_were():
@@ -228,7 +228,7 @@ def test_whole_shares_are_what_they_were():
     copies[generator.choice(np.arange(40, 100), size=30, replace=False)] += 1
     order = np.repeat(np.arange(100), copies)
     generator.shuffle(order)
-    assert stream[1].rows == order.tolist() and (stream[1].epoch, stream.rows_per_epoch) == (2.0, 70)
+    assert stream.rows(1) == order.tolist() and (stream[1].epoch, stream.rows_per_epoch) == (2.0, 70)
 
 
 def test_a_mix_without_shuffle_keeps_the_order_of_the_file():
@@ -236,7 +236,7 @@ def test_a_mix_without_shuffle_keeps_the_order_of_the_file():
         lengths=LENGTHS[:4], total_weights=WEIGHTS[:4], sources=[0, 0, 1, 1], source_weights=[1, 2],
         shuffle=False, sequences_per_step=6,
     )  # fmt: skip
-    assert stream[0].rows == stream[1].rows == [0, 1, 2, 2, 3, 3]
+    assert stream.rows(0) == stream.rows(1) == [0, 1, 2, 2, 3, 3]
 
 
 def test_an_empty_epoch_is_refused():
@@ -356,23 +356,23 @@ def test_every_rank_gets_as_many_micro_batches_of_like_size():
     ranks = [make(world_size=4, rank=rank, sequences_per_step=32) for rank in range(4)]
     for step in range(20):
         shares = [stream[step] for stream in ranks]
-        assert len({len(share) for share in shares}) == 1
-        for together in zip(*shares, strict=True):
+        assert len({len(share.batches) for share in shares}) == 1
+        for together in zip(*(share.batches for share in shares), strict=True):
             sizes = [batch.num_tokens for batch in together]
             assert max(sizes) <= 64 and max(sizes) - min(sizes) < 32
-        assert shares[0].batches[0].num_tokens == max(batch.num_tokens for share in shares for batch in share)
+        assert shares[0].batches[0].num_tokens == max(batch.num_tokens for share in shares for batch in share.batches)
 
 
 def test_ranks_without_work_get_the_empty_batch():
     shares = [make(world_size=4, rank=rank, sequences_per_step=2, tokens_per_microbatch=1000)[0] for rank in range(4)]
-    assert [[batch.num_sequences for batch in share] for share in shares] == [[1], [1], [0], [0]]
+    assert [[batch.num_sequences for batch in share.batches] for share in shares] == [[1], [1], [0], [0]]
     assert all(share.num_sequences == 2 and share.num_tokens == shares[0].num_tokens for share in shares)
 
 
 def test_totals_are_those_of_all_ranks_and_a_mean_of_means_is_not():
     for step in range(20):
         shares = [make(world_size=3, rank=rank)[step] for rank in range(3)]
-        batches = [batch for share in shares for batch in share]
+        batches = [batch for share in shares for batch in share.batches]
         weights = [batch.weights for batch in batches]
         for share in shares:
             assert share.total_weight == pytest.approx(float(torch.cat(weights).sum()), rel=1e-6)
@@ -380,7 +380,7 @@ def test_totals_are_those_of_all_ranks_and_a_mean_of_means_is_not():
         # Some loss a token: sums divided once by the global number are the weighted mean over the step's tokens ...
         losses = [batch.targets.float() for batch in batches]
         summed = sum(float((w * x).sum()) for w, x in zip(weights, losses, strict=True)) / shares[0].total_weight
-        rows = [SEQUENCES[row] for row in shares[0].rows]
+        rows = [SEQUENCES[row] for row in make().rows(step)]
         expected = sum(float((w * ids).sum()) for ids, w in rows) / sum(float(w.sum()) for _, w in rows)
         assert summed == pytest.approx(expected, rel=1e-5)
         # ... and the mean of micro-batch means is another number, since micro-batches are uneven.
@@ -418,25 +418,20 @@ def test_a_step_costs_the_same_on_a_thousand_and_a_million_rows():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_evaluation_holds_every_row_once_over_all_ranks(world_size):
+def test_evaluation_holds_every_row_once_over_all_ranks(world_size, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluating", lambda model: contextlib.nullcontext())
     plan = plan_microbatches(LENGTHS, 64, world_size)
+    held_out = evaluate.HeldOut(LENGTHS, collate, plan, prompts=[], answers=[], max_new_tokens=1)
 
     def batches(rank: int) -> list[Batch]:
-        return list(eval_batches(plan=plan, collate=collate, rank=rank, world_size=world_size))
+        run = SimpleNamespace(rank=rank, world_size=world_size, device="cpu", should_stop=lambda: False)
+        return list(evaluate._in_evaluation(run, None, held_out))
 
     ranks = [batches(rank) for rank in range(world_size)]
     assert sorted(row for rank in ranks for batch in rank for row in batch.rows) == list(range(101))
     assert len({len(rank) for rank in ranks}) == 1
     assert all(batch.num_tokens <= 64 for rank in ranks for batch in rank)
     assert [batch.rows for batch in batches(0)] == [batch.rows for batch in ranks[0]]
-
-
-def test_evaluations_plan_once(monkeypatch):
-    held_out = HeldOut(LENGTHS, collate, 64, prompts=[], answers=[], max_new_tokens=1)
-    plan = held_out.plan(2)
-    assert lists(plan) == lists(plan_microbatches(LENGTHS, 64, 2))
-    monkeypatch.setattr(evaluate, "plan_microbatches", None)
-    assert held_out.plan(2) is plan
 
 
 # ---- from the tokenised data set ----
@@ -519,7 +514,7 @@ def test_preferences_from_columns(share):
     ]
     chosen = dataset.select([11, 2, 7])
     assert packed_lengths(chosen, share).tolist() == lengths[[11, 2, 7]].tolist()
-    stream = Stream(
+    stream = make(
         lengths=lengths, total_weights=np.ones(20), collate=collate_pairs, sequences_per_step=6,
         tokens_per_microbatch=100, seed=0, epochs=1, world_size=2,
     )  # fmt: skip
@@ -533,7 +528,7 @@ def test_preferences_from_columns(share):
         for first, added in [(0, long[0]), (long[0], long[1]), *([] if share else [(0, long[0])]), (long[0], long[2])]
     )
     assert squares[1] + lengths[1] == 2 * attended
-    for batch in step:
+    for batch in step.batches:
         assert batch.num_sequences == 2 * len(batch.rows)
         for i, row in enumerate(batch.rows):
             assert batch.targets[batch.sequence_ids == 2 * i].tolist() == dataset[row]["chosen_ids"]
@@ -582,7 +577,8 @@ def test_steps_after_a_halved_budget_are_cut_by_it(workers):
     for step, microbatches in got:
         budget = 160 if step <= 4 else 80 if step <= 9 else 40
         assert_same(microbatches, make(tokens_per_microbatch=budget)[step])
-        assert len(microbatches) != len(make(tokens_per_microbatch=160)[step]) or step <= 4, "it does make a difference"
+        uncut = make(tokens_per_microbatch=160)[step]
+        assert len(microbatches.batches) != len(uncut.batches) or step <= 4, "it does make a difference"
 
 
 @pytest.mark.gpu
@@ -590,9 +586,9 @@ def test_steps_after_a_halved_budget_are_cut_by_it(workers):
 def test_prefetched_batches_are_pinned(workers):
     stream = make()
     for step, microbatches in prefetch(stream, range(4), workers=workers):
-        assert all(batch.input_ids.is_pinned() and batch.weights.is_pinned() for batch in microbatches)
-        on_gpu = [batch.to("cuda", non_blocking=True) for batch in microbatches]
-        for batch, expected in zip(on_gpu, stream[step], strict=True):
+        assert all(batch.input_ids.is_pinned() and batch.weights.is_pinned() for batch in microbatches.batches)
+        on_gpu = [batch.to("cuda", non_blocking=True) for batch in microbatches.batches]
+        for batch, expected in zip(on_gpu, stream[step].batches, strict=True):
             assert torch.equal(batch.input_ids.cpu(), expected.input_ids)
 
 
@@ -632,7 +628,7 @@ def test_workers_run_one_thread_and_leave_signals_to_the_main_process():
         return pack_sequences([(np.array([os.getpid(), torch.get_num_threads(), *ignored]), np.zeros(5))], rows[:1])
 
     stream = make(collate=report)
-    seen = [batch.input_ids.tolist() for _, share in prefetch(stream, range(6), 2) for batch in share]
+    seen = [batch.input_ids.tolist() for _, share in prefetch(stream, range(6), 2) for batch in share.batches]
     assert len({pid for pid, *_ in seen} - {os.getpid()}) == 2
     assert all(rest == [1, 1, 1, 1] for _, *rest in seen)
 
@@ -643,7 +639,7 @@ def test_a_long_run_of_many_micro_batches_holds_no_file_descriptors():
     for _, microbatches in prefetch(stream, range(30), workers=2):
         kept.append(microbatches)  # a loop that falls behind
         counts.append(len(os.listdir("/proc/self/fd")))
-    assert sum(len(microbatches) for microbatches in kept) > 900
+    assert sum(len(microbatches.batches) for microbatches in kept) > 900
     assert max(counts) <= counts[0] + 4
 
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen_train.config import DataConfig, LoraConfig, ModelConfig, SFTConfig
+from qwen_train.config import BatchConfig, DataConfig, LoraConfig, ModelConfig, SFTConfig
 from qwen_train.data.packing import pack_sequences
 from qwen_train.data.stream import Stream
 from qwen_train.model import load
@@ -52,36 +52,36 @@ class Ours:
     """The product's step: stream, packed micro-batches, chunked head."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: list) -> None:
+        config = SFTConfig(
+            model=ModelConfig(path=str(TINY), from_scratch=True, dtype="float32", compile=False, checkpoint_layers=0),
+            data=DataConfig(train="x", max_length=512, shuffle=False),
+            batch=BatchConfig(sequences_per_step=len(rows)),
+            lora=LoraConfig(r=8),
+        )
         with monkeypatch.context() as patch:
             patch.setattr(load, "load_model_config", lambda _: wide_config())
             self.model = load_model(
-                SFTConfig(
-                    model=ModelConfig(
-                        path=str(TINY), from_scratch=True, dtype="float32", compile=False, checkpoint_layers=0
-                    ),
-                    data=DataConfig(train="x", max_length=512),
-                    lora=LoraConfig(r=8),
-                ),
+                config,
                 load_tokenizer(ModelConfig(path=str(TINY))),
                 torch.device("cpu"),
                 Path("/nonexistent"),
                 is_main=False,
             )
         self.stream = Stream(
+            config,
             lengths=np.array([len(ids) for ids, _ in rows]),
             total_weights=np.array([weights[1:].sum() for _, weights in rows]),
             collate=lambda members: pack_sequences([rows[member] for member in members], members),
-            sequences_per_step=len(rows),
             tokens_per_microbatch=2048,
-            seed=0,
-            shuffle=False,
+            sources=np.zeros(len(rows), dtype=np.int32),
+            source_weights=[1.0],
         )
         self.optimizer = torch.optim.AdamW(trainable_parameters(self.model).values(), lr=1e-3)
 
     def step(self) -> float:
         total = 0.0
         microbatches = self.stream[0]
-        for batch in microbatches:
+        for batch in microbatches.batches:
             loss = -(self.model(batch).logps * batch.weights).sum() / microbatches.total_weight
             loss.backward()
             total += loss.item()

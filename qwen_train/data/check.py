@@ -515,7 +515,7 @@ def _plan(train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
         problems.add(train, "error", train.place(int(over[0])), "over_budget", message)
         return None
     try:
-        stream = Stream.of(
+        stream = Stream(
             config,
             lengths=lengths,
             total_weights=np.ones(len(lengths)),

@@ -43,17 +43,8 @@ class MicroBatches:
     mean_length: float
     """Length of the sequence in which a mean token of the global step stands: what attention costs a token."""
 
-    rows: list[int]
-    """Data set rows of the global step, in the stream's order."""
-
     epoch: float
     """Passes over the data completed when this step is done."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 class Stream:
@@ -68,36 +59,32 @@ class Stream:
 
     def __init__(
         self,
+        config: SFTConfig,
         *,
         lengths: IntArray,
         total_weights: FloatArray,
         collate: Collate,
-        sequences_per_step: int,
         tokens_per_microbatch: int,
-        seed: int,
+        sources: IntArray,
+        source_weights: Sequence[float],
         squares: IntArray | None = None,
-        epochs: float | None = None,
-        steps: int | None = None,
-        shuffle: bool = True,
-        sources: IntArray | None = None,
-        source_weights: Sequence[float] = (1.0,),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         """``lengths``: packed tokens of each row; ``total_weights``: what each row adds to the step's divisor;
-        ``squares``: squared lengths of each row's sequences (None: a row is one sequence); ``sources``: index into
-        ``source_weights`` of each row (None: all are of the first source)."""
+        ``sources``: index into ``source_weights`` of each row; ``squares``: squared lengths of each row's sequences
+        (None: a row is one sequence)."""
         self.lengths = np.asarray(lengths)
         self.total_weights = np.asarray(total_weights)
         self.squares = self.lengths.astype(np.int64) ** 2 if squares is None else squares
         self.collate = collate
-        self.sequences_per_step = sequences_per_step
+        self.sequences_per_step = config.batch.sequences_per_step
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.seed = seed
-        self.epochs = epochs
-        self.steps = steps
-        self.shuffle = shuffle
-        self.sources = np.zeros(len(self.lengths), dtype=np.int32) if sources is None else np.asarray(sources)
+        self.seed = config.run.seed
+        self.steps = config.run.steps
+        self.epochs = None if self.steps else config.run.epochs or 1
+        self.shuffle = config.data.shuffle
+        self.sources = np.asarray(sources)
         self.source_weights = tuple(source_weights)
         self.rank = rank
         self.world_size = world_size
@@ -118,45 +105,12 @@ class Stream:
                 "raise the weights, or give more rows"
             )
 
-    @classmethod
-    def of(
-        cls,
-        config: SFTConfig,
-        *,
-        lengths: IntArray,
-        total_weights: FloatArray,
-        collate: Collate,
-        tokens_per_microbatch: int,
-        sources: IntArray,
-        source_weights: Sequence[float],
-        squares: IntArray | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> "Stream":
-        """The stream that a training of ``config`` goes through; the other arguments as above."""
-        return cls(
-            lengths=lengths,
-            total_weights=total_weights,
-            collate=collate,
-            sequences_per_step=config.batch.sequences_per_step,
-            tokens_per_microbatch=tokens_per_microbatch,
-            seed=config.run.seed,
-            squares=squares,
-            epochs=None if config.run.steps else config.run.epochs or 1,
-            steps=config.run.steps,
-            shuffle=config.data.shuffle,
-            sources=sources,
-            source_weights=source_weights,
-            rank=rank,
-            world_size=world_size,
-        )
-
     @property
     def total_steps(self) -> int:
         """Steps of the training: ``steps``, or those of ``epochs`` passes, the last one perhaps smaller."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None, "a stream without an end"
+        assert self.epochs is not None
         return -(-self._num_positions(self.epochs) // self.sequences_per_step)
 
     def rows(self, step: int) -> list[int]:
@@ -186,7 +140,6 @@ class Stream:
             num_tokens=num_tokens,
             num_sequences=len(rows),
             mean_length=int(self.squares[rows].sum()) / num_tokens,
-            rows=rows.tolist(),
             epoch=self.passes(step * self.sequences_per_step + len(rows)),
         )
 
@@ -284,12 +237,6 @@ def _spread_greedily(sizes: list[int], longest_first: list[int], budget: int, co
         bins[index].append(member)
     largest_first = sorted(heap, key=lambda entry: (-entry[0], entry[1]))
     return [np.array(sorted(bins[index]), dtype=np.int64) for _, index in largest_first]
-
-
-def eval_batches(*, plan: Sequence[IntArray], collate: Collate, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """This rank's batches of a plan of `plan_microbatches`, in its order; every rank gets the same number of them."""
-    for members in plan[rank::world_size]:
-        yield collate(members.tolist())
 
 
 # ---- from the tokenised data set to batches ----

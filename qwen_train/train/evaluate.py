@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,13 @@ import torch
 
 from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.data.chat import Template
-from qwen_train.data.stream import Collate, collate_preferences, eval_batches, packed_lengths, plan_microbatches
+from qwen_train.data.stream import (
+    Collate,
+    collate_conversations,
+    collate_preferences,
+    packed_lengths,
+    plan_microbatches,
+)
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import LossConfig, Pairs, metric_sums, metrics_from_sums, preference_loss
 from qwen_train.model.memory import microbatch_tokens
@@ -33,31 +39,37 @@ class HeldOut:
     lengths: "IntArray"
     """Packed tokens of each row."""
     collate: Collate
-    tokens_per_microbatch: int
+    plan: "list[IntArray]"
+    """Rows of each micro-batch of every rank (`plan_microbatches`)."""
     prompts: Sequence[list[int]]
     """Token ids up to the last answer, of the first rows."""
     answers: Sequence[list[int]]
     """The expected last answers, end token included."""
     max_new_tokens: int
-    _plans: "dict[int, list[IntArray]]" = field(default_factory=dict)
-
-    def plan(self, world_size: int) -> "list[IntArray]":
-        """Rows of each micro-batch (`plan_microbatches`); made once, for all evaluations."""
-        if world_size not in self._plans:
-            self._plans[world_size] = plan_microbatches(self.lengths, self.tokens_per_microbatch, world_size)
-        return self._plans[world_size]
 
 
-def hold_out(data: TokenDataset, collate: Collate, template: Template, config: SFTConfig) -> HeldOut:
+def hold_out(data: TokenDataset, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig, world_size: int) -> HeldOut:
     """Held-out conversations of `data`; the last answers of the first `run.eval_samples` rows are to be generated."""
+    template = Template(tokenizer)
     prompts, answers = [], []
     for ids in data.dataset[: config.run.eval_samples]["input_ids"]:
         start, end = template.assistant_spans(np.asarray(ids))[-1]
         prompts.append(ids[:start])
         answers.append(ids[start:end])
     lengths = data.column("length")
-    tokens = max(microbatch_tokens(config), int(lengths.max()))
-    return HeldOut(lengths, collate, tokens, prompts, answers, config.run.eval_sample_tokens)
+    return HeldOut(
+        lengths=lengths,
+        collate=collate_conversations(data.dataset),
+        plan=_plan(lengths, config, world_size),
+        prompts=prompts,
+        answers=answers,
+        max_new_tokens=config.run.eval_sample_tokens,
+    )
+
+
+def _plan(lengths: "IntArray", config: SFTConfig, world_size: int) -> "list[IntArray]":
+    """Held-out rows as micro-batches of training's budget, or of the longest row if that is longer."""
+    return plan_microbatches(lengths, max(microbatch_tokens(config), int(lengths.max())), world_size)
 
 
 def _in_evaluation(run: Run, model: PackedLM, held_out: HeldOut) -> Iterator["Batch"]:
@@ -66,15 +78,10 @@ def _in_evaluation(run: Run, model: PackedLM, held_out: HeldOut) -> Iterator["Ba
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
     with evaluating(model):
-        for batch in eval_batches(
-            plan=held_out.plan(run.world_size),
-            collate=held_out.collate,
-            rank=run.rank,
-            world_size=run.world_size,
-        ):
+        for rows in held_out.plan[run.rank :: run.world_size]:
             if run.should_stop():
                 raise Interrupted("stopped in an evaluation")
-            yield batch.to(run.device, non_blocking=True)
+            yield held_out.collate(rows.tolist()).to(run.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -154,7 +161,7 @@ SIDES = ("chosen", "rejected")
 NUM_PAIR_SUMS = 18
 
 
-def hold_out_pairs(data: TokenDataset, config: DPOConfig) -> HeldOut:
+def hold_out_pairs(data: TokenDataset, config: DPOConfig, world_size: int) -> HeldOut:
     """Held-out pairs of `data`; the first `run.eval_samples` prompts are answered, the chosen answer is expected."""
     share_prompt = config.reference.share_prompt
     first = data.dataset[: config.run.eval_samples]
@@ -162,7 +169,7 @@ def hold_out_pairs(data: TokenDataset, config: DPOConfig) -> HeldOut:
     return HeldOut(
         lengths=lengths,
         collate=collate_preferences(data.dataset, share_prompt),
-        tokens_per_microbatch=max(microbatch_tokens(config), int(lengths.max())),
+        plan=_plan(lengths, config, world_size),
         prompts=first["prompt_ids"],
         answers=first["chosen_ids"],
         max_new_tokens=config.run.eval_sample_tokens,

@@ -76,7 +76,6 @@ def measure_steps(run: Run, given: Config, shape: Any, longest: int, steps: int)
         num_tokens=NUM_MICRO_BATCHES * batch.num_tokens * run.world_size,
         num_sequences=NUM_MICRO_BATCHES * len(batch.rows) * run.world_size,
         mean_length=batch.mean_length,
-        rows=[],
         epoch=0.0,
     )
 

@@ -28,7 +28,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qwen_train.config import BatchConfig, DataConfig, DPOConfig, LoraConfig, ModelConfig, OptimConfig, SFTConfig
+from qwen_train.config import (
+    BatchConfig,
+    DataConfig,
+    DPOConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SFTConfig,
+)
 from qwen_train.data.chat import ChatOptions
 from qwen_train.data.packing import Batch
 from qwen_train.data.stream import (
@@ -113,6 +122,7 @@ def make_config(case: dict, args: argparse.Namespace) -> SFTConfig:
         ),
         "batch": BatchConfig(sequences_per_step=case["sequences"], tokens_per_microbatch=case["tokens"]),
         "optim": OptimConfig(lr=case["lr"], name=case["optim"]),
+        "run": RunConfig(steps=case["steps"]),
     }
     return SFTConfig(**sections) if case["task"] == "sft" else DPOConfig(**sections)
 
@@ -128,25 +138,27 @@ def make_stream(config: SFTConfig, case: dict) -> Stream:
     data = tokenized(config.data.train, case["task"], case["supervise"], config.model.path)
     pairs = case["task"] == "dpo"
     return (PaddedStream if case["pad"] else Stream)(
+        config,
         lengths=packed_lengths(data.dataset, case["share"]),
         total_weights=np.ones(len(data)) if pairs else data.column("total_weight"),
         collate=collate_preferences(data.dataset, case["share"]) if pairs else collate_conversations(data.dataset),
-        sequences_per_step=config.batch.sequences_per_step,
         tokens_per_microbatch=case["pad"] or config.batch.tokens_per_microbatch,
-        seed=config.run.seed,
+        sources=data.column("source"),
+        source_weights=[source.weight for source in data.sources],
     )
 
 
 class PaddedStream(Stream):
     """Micro-batches of a fixed number of sequences in the stream's order, each padded to its longest."""
 
-    def __init__(self, *, tokens_per_microbatch: int, **rest) -> None:
-        super().__init__(tokens_per_microbatch=1 << 30, **rest)
+    def __init__(self, config: SFTConfig, *, tokens_per_microbatch: int, **rest) -> None:
+        super().__init__(config, tokens_per_microbatch=1 << 30, **rest)
         self.width = tokens_per_microbatch
 
     def __getitem__(self, step: int) -> MicroBatches:
         whole = super().__getitem__(step)
-        groups = [whole.rows[start : start + self.width] for start in range(0, len(whole.rows), self.width)]
+        rows = self.rows(step)
+        groups = [rows[start : start + self.width] for start in range(0, len(rows), self.width)]
         return replace(whole, batches=[padded(self.collate(group)) for group in groups])
 
 
@@ -295,7 +307,7 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
         "microbatches": len(microbatches.batches),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "step0_gap_per_token": gap if case["task"] == "dpo" else None,
-        "supervised": round(sum(len(batch.targets) for batch in microbatches) / microbatches.num_tokens, 3),
+        "supervised": round(sum(len(batch.targets) for batch in microbatches.batches) / microbatches.num_tokens, 3),
         "losses": [round(loss, 6) for loss in losses],
         "norms": [round(norm, 3) for norm in norms],
         "step_ms": [round(1000 * seconds) for seconds in times],
