@@ -103,6 +103,7 @@ def train(config: DPOConfig, run: Run) -> None:
         world_size=run.world_size,
     )
     total_steps = stream.total_steps
+    run.note(*stream.warnings)
 
     # -- model, reference and optimizer, fresh or from a checkpoint ---------------------------------------------------
     frozen_copy = reference_source(config) == "start_adapter"

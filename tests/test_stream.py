@@ -158,6 +158,10 @@ def test_runs_by_epochs_end_with_a_smaller_step_and_runs_by_steps_wrap():
     assert endless.rows(12)[5:] == make(sequences_per_step=101).rows(1)[:3]
     assert make(epochs=0.5).total_steps == 7  # 50.5 rows are 51
     assert sum(make(epochs=0.5)[step].num_sequences for step in range(7)) == 51
+    with pytest.raises(ValueError, match=r"^run.epochs: 1e-09 of 101 rows are 0 steps; give 1 to 1,000,000,000$"):
+        make(epochs=1e-9)
+    with pytest.raises(ValueError, match=r"^run.epochs: 1000000000.0 of 101 rows are 12,625,000,000 steps; give"):
+        make(epochs=1e9)
     assert make(epochs=2).total_steps == 26 and make(steps=7).total_steps == 7
     assert make(lengths=LENGTHS[:10], total_weights=WEIGHTS[:10], sequences_per_step=1, epochs=1.1).total_steps == 11
 
@@ -167,6 +171,11 @@ def test_a_step_may_be_larger_than_the_data():
     assert Counter(stream.rows(0) + stream.rows(1) + stream.rows(2)) == {0: 8, 1: 8, 2: 8}
     once = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8, epochs=1)
     assert sorted(once.rows(0)) == [0, 1, 2] and once.total_steps == 1
+    said = "warning: batch.sequences_per_step: a step of 8 holds each of 3 rows 2.7 times; lower it, or give more rows"
+    assert stream.warnings == [said] and once.warnings == []
+    twice = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8, epochs=2)
+    assert twice.warnings == [said.replace("step of 8", "step of 6").replace("2.7", "2.0")]
+    assert make(lengths=LENGTHS[:8], total_weights=WEIGHTS[:8], sequences_per_step=8, epochs=2).warnings == []
 
 
 # ---- mixes ----

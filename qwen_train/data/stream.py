@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from qwen_train.config import SFTConfig
+from qwen_train.config import MAX_STEPS, SFTConfig
 from qwen_train.data.packing import Batch, FloatArray, IntArray, pack_pairs, pack_sequences, token_weights
 
 Collate = Callable[[Sequence[int]], Batch]
@@ -104,6 +104,11 @@ class Stream:
                 f"data.train: an epoch holds no rows ({len(self.lengths)} rows, weights {list(self.source_weights)}); "
                 "raise the weights, or give more rows"
             )
+        if not 0 < self.total_steps <= MAX_STEPS:
+            raise ValueError(
+                f"run.epochs: {self.epochs} of {self.rows_per_epoch:,} rows are {self.total_steps:,} steps; give 1 to "
+                f"{MAX_STEPS:,}"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -112,6 +117,17 @@ class Stream:
             return self.steps
         assert self.epochs is not None
         return -(-self._num_positions(self.epochs) // self.sequences_per_step)
+
+    @property
+    def warnings(self) -> list[str]:
+        """That a step holds rows several times, where it does."""
+        held = len(self.rows(0))
+        if held <= self.rows_per_epoch:
+            return []
+        return [
+            f"warning: batch.sequences_per_step: a step of {held:,} holds each of {self.rows_per_epoch:,} rows "
+            f"{held / self.rows_per_epoch:.1f} times; lower it, or give more rows"
+        ]
 
     def rows(self, step: int) -> list[int]:
         """Data set rows of global batch ``step``, in the stream's order."""
