@@ -401,6 +401,10 @@ def test_no_row_left_is_an_error(rows, message, template, tmp_path):
     report = examined(template, kind, rows, folder=tmp_path)
     assert ("data.train", message) in {(p.place, p.message) for p in report.problems if p.reason == "no_rows"}
     assert (report.plan, report.exit_code) == (None, 1)
+    if report.counts["error"] == 1:  # of the split; the training says the same
+        path = str(tmp_path / "train.jsonl")
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}$"):
+            tokenize(kind, path, template.tokenizer, ChatOptions(max_length=128), cache_dir=tmp_path, workers=0)
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------

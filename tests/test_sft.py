@@ -487,7 +487,7 @@ def test_bad_rows_are_refused(tiny: Tiny, tmp_path: Path, case: str):
         (["--data.eval=nowhere.jsonl"], ["data.eval", "nowhere.jsonl"]),
         (["--data.eval=[{eval.jsonl: 0.1}]"], ["data.eval: the weight of 'eval.jsonl' must be 0 or 1, got 0.1"]),
         (["--data.format=poem"], ["data.format", "poem"]),
-        (["--data.max_length=12", "--batch.tokens_per_microbatch=12"], ["no row is left", "max_length"]),
+        (["--data.max_length=12", "--batch.tokens_per_microbatch=12"], ["rows is left", "max_length"]),
         (["--data.max_length=60", "--data.too_long=error"], ["max_length"]),
         (["--batch.tokens_per_microbatch=200"], ["batch.tokens_per_microbatch", "200"]),
         (["--model.path=nowhere/at_all"], ["model.path", "nowhere/at_all"]),

@@ -11,6 +11,7 @@ import datasets
 import pytest
 
 from qwen_train.config import DataConfig, DPOConfig, SFTConfig
+from qwen_train.data import sources
 from qwen_train.data.formats import Conversation, RowError, parse_row
 from qwen_train.data.sources import (
     Source,
@@ -328,6 +329,21 @@ def test_a_broken_list_is_one_error_and_no_row(text: str, tmp_path: Path) -> Non
         json.loads(text)
     (tmp_path / "a.json").write_text("[ ]\n")
     assert list(read_rows(0, str(tmp_path / "a.json"))) == []
+
+
+def test_many_rows_are_announced_where_no_bar_shows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """400,000 rows were two minutes of silence in a log."""
+    monkeypatch.setattr(sources, "MANY_ROWS", 3)
+    column = {"n": sources.TableColumn("int32")}
+    for count, announced in ((3, "tokenising 3 rows\n"), (2, "")):
+        table = sources.build_table(
+            lambda count=count: iter([{"n": n} for n in range(count)]),  # type: ignore[misc]
+            column, lambda batch: {"m": batch["n"]}, {"m": column["n"]},
+            workers=0, rows_per_worker=1000, batch_size=2, folder=tmp_path / str(count),
+        )  # fmt: skip
+        assert len(table) == count and capsys.readouterr().err == announced
 
 
 def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_errors_that_end_the_run(tmp_path: Path) -> None:
     refused(str(tmp_path / "no.jsonl"), "data.train: ")
     refused(str(tmp_path / "empty.jsonl"), "no row in it; give a file with rows")
     refused(str(tmp_path / "broken.json"), "broken.json:1: malformed JSON")
-    refused(good, "no row is left to train on (too_long: 1)", max_length=4)
+    refused(good, "none of 1 rows is left (too_long: 1); raise data.max_length or give other data", max_length=4)
     refused(good, "tokens, max_length is 4", max_length=4, too_long="error")
     refused(good, "data.format: 'jsonl'", format="jsonl")
     refused(good, "the token cache cannot be written", cache=tmp_path / "a.jsonl")

@@ -27,7 +27,7 @@ from qwen_train.data.formats import RowError, misspelt
 from qwen_train.data.packing import empty_batch
 from qwen_train.data.sources import Source, data_splits, row_place
 from qwen_train.data.stream import Stream, plan_microbatches
-from qwen_train.data.tokenize import JudgedRow, rendered_warning
+from qwen_train.data.tokenize import JudgedRow, nothing_left, rendered_warning
 
 if TYPE_CHECKING:
     Ints: TypeAlias = array[int]
@@ -461,19 +461,10 @@ def _check_split(split: Split, problems: _Problems) -> None:
             message = f"{key} is not read ({count:,} row{'s' * (count != 1)}); did you mean {meant}?"
             problems.add(split, "warning", split.unread_places[key], "misspelt_key", message)
     if not split.kept and not split.reasons["error", UNREADABLE]:
-        problems.add(split, "error", split.name, "no_rows", _nothing_left(split))
-
-
-def _nothing_left(split: Split) -> str:
-    if not split.rows:
-        return "no row in it; give a file with rows"
-    errors = sum(source.errors for source in split.sources)
-    if errors == split.rows:
-        return f"all {errors:,} rows are in error; repair them or give other data"
-    dropped = ", ".join(f"{name}: {n:,}" for (level, name), n in split.reasons.items() if level == "dropped")
-    dropped += f", in error: {errors:,}" if errors else ""
-    remedy = "raise data.max_length or give other data" if split.reasons["dropped", "too_long"] else "give other data"
-    return f"none of {split.rows:,} rows is left ({dropped}); {remedy}"
+        dropped = {name: count for (level, name), count in split.reasons.items() if level == "dropped"}
+        errors = sum(source.errors for source in split.sources)
+        message = nothing_left(split.rows, dropped, errors) if split.rows else "no row in it; give a file with rows"
+        problems.add(split, "error", split.name, "no_rows", message)
 
 
 def pair_statistics(split: Split) -> PairStatistics | None:

@@ -35,6 +35,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z0-9])", re.IGNORECASE)
 NOT_BLANK = re.compile(r"[^ \t\n\r]")  # for JSON
 HUB_FILE = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
+MANY_ROWS = 10_000
+"""Rows that are announced where no progress bar shows that they take some seconds."""
 PARQUET_ROWS = 1000
 """Rows of a Parquet file that are turned into Python objects at a time."""
 
@@ -489,6 +491,8 @@ def build_table(
             raise (error.__cause__ or error) from None  # what `rows` itself raised
     processes = min(workers, len(raw) // rows_per_worker)
     bars = nullcontext() if sys.stderr.isatty() else _without_bars()
+    if len(raw) >= MANY_ROWS and not sys.stderr.isatty():
+        print(f"tokenising {len(raw):,} rows", file=sys.stderr, flush=True)
     with bars, _one_tokenizer_thread_a_process(processes):
         return raw.map(
             judge,

@@ -23,7 +23,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -427,7 +427,7 @@ def _reported(kind: Kind, table: Any, sources: list[Source]) -> tuple[TokenRepor
     report.dropped = dict(Counter(table.select(dropped)["reason"])) if len(dropped) else {}
     report.kept = len(keep)
     if not len(keep):
-        raise ValueError(_nothing_left(sources, ", ".join(f"{name}: {n}" for name, n in report.dropped.items())))
+        raise ValueError(f"{', '.join(source.path for source in sources)}: {nothing_left(report.rows, report.dropped)}")
     notes: Counter[str] = Counter()
     for text, count in Counter(table.select(keep)["notes"]).items():
         for note, value in json.loads(text).items():
@@ -438,9 +438,14 @@ def _reported(kind: Kind, table: Any, sources: list[Source]) -> tuple[TokenRepor
     return report, keep.tolist()
 
 
-def _nothing_left(sources: list[Source], reasons: str) -> str:
-    names = ", ".join(source.path for source in sources)
-    return f"{names}: no row is left to train on ({reasons}); raise data.max_length or give other data"
+def nothing_left(rows: int, dropped: Mapping[str, int], errors: int = 0) -> str:
+    """What to say of rows of which none can be used: the rows left out by reason, those in error, what to do."""
+    if errors == rows:
+        return f"all {errors:,} rows are in error; repair them or give other data"
+    reasons = [f"{name}: {count:,}" for name, count in dropped.items()]
+    reasons += [f"in error: {errors:,}"] if errors else []
+    remedy = "raise data.max_length or give other data" if dropped.get("too_long") else "give other data"
+    return f"none of {rows:,} rows is left ({', '.join(reasons)}); {remedy}"
 
 
 def _supervised(kind: Kind, table: Any) -> int:
