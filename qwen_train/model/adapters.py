@@ -305,6 +305,15 @@ def concatenate_adapters(lm: PreTrainedModel, folders: Sequence[str | Path]) -> 
     return joined
 
 
+def can_concatenate(folder: str | Path, lora: LoraConfig) -> bool:
+    """Whether `concatenate_adapters` will take an adapter and one that is trained by `lora`."""
+    try:
+        _refuse_more_than_ab(read_adapter_config(folder))
+    except ValueError:
+        return False
+    return not lora.use_dora
+
+
 def _lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
     """Name in the base, and layer."""
     return [(path, layer) for path, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)]

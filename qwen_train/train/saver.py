@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from qwen_train.config import SFTConfig
+from qwen_train.model.adapters import can_concatenate
+from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.blocks import Shard, write_blocks
 from qwen_train.train.checkpoint import finish_save, save_checkpoint, save_error, saving
@@ -224,17 +226,22 @@ def require_room(folder: Path, model: PackedLM, config: SFTConfig, steps_left: i
     """Before the first step: refuse (ValueError) a disk that will not hold the checkpoints and the result to come.
 
     Checkpoints: weights and optimizer state, `run.keep` of them and the one being written, fewer in a short run, less
-    those that are there already. Result: the adapter (three times its size where it is joined to a start) or the model.
+    those that are there already. Result: the adapter, the model, or after a merged start both: this run's part and what
+    it is joined to, an adapter of twice its size or, where they cannot be one adapter, a merged model.
     """
     parameters = trainable_parameters(model).values()
     one = sum(p.numel() * (p.element_size() + _state_bytes(p, config.optim.name)) for p in parameters)
     saves = math.ceil(steps_left / config.run.save_every) if config.run.save_every else 1
     there = len(list(folder.glob("step-*")))
     missing = max(min(there + saves, config.run.keep + 1) - there, 1)
+    itemsize = getattr(torch, config.model.dtype).itemsize
     if config.lora.enabled:
-        result = sum(parameter.nbytes for parameter in parameters) * (1 if config.model.adapter is None else 3)
+        adapter = result = sum(parameter.nbytes for parameter in parameters)
+        if config.model.merges:
+            joins = can_concatenate(config.model.adapter or "", config.lora)
+            result += 2 * adapter if joins else Shape.of(model.causal_lm.config).parameters * itemsize
     else:
-        result = sum(p.numel() for p in parameters) * getattr(torch, config.model.dtype).itemsize
+        result = sum(p.numel() for p in parameters) * itemsize
     require_free_space(folder, missing * one + result)
 
 
