@@ -154,11 +154,16 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_bytes_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder that lasts, and those above it, unless it is there."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        disk.sync_folder(path.parent)
+
+
 def stage_folder(final: Path) -> Path:
     """Make the empty folder `<final>.tmp-<uuid>` that `install_folder` will put in the place of `final`."""
-    if not final.parent.is_dir():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        disk.sync_folder(final.parent.parent)
+    make_folder(final.parent)
     temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
     disk.make_folder(temporary)
     return temporary
@@ -207,7 +212,13 @@ def replacing_folder(final: Path) -> Iterator[Path]:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder: renamed first, so that one that was half deleted never bears a valid name."""
+    """Delete a folder: renamed first, so that one that was half deleted never bears a valid name.
+
+    Of a link to a folder the link alone: what it leads to is somebody else's.
+    """
+    if path.is_symlink():
+        disk.remove(path)
+        return
     doomed = path
     if not LEFTOVER.fullmatch(path.name):
         doomed = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")

@@ -1,19 +1,21 @@
 """The folder of a run: whose it is, what config it goes by, which checkpoint it goes on from."""
 
+import atexit
+import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import json
+import os
 import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 
-from qwen_train.config import SFTConfig, as_dict, to_yaml
+from qwen_train.config import MADE_UP, SFTConfig, as_dict, to_yaml
 from qwen_train.train.checkpoint import (
     ConfigChange,
     changes_of_result,
@@ -25,10 +27,11 @@ from qwen_train.train.checkpoint import (
 )
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import (
+    LEFTOVER,
     clean_leftovers,
-    replacing_folder,
+    delete_folder,
+    make_folder,
     write_bytes_atomic,
-    write_file,
 )
 from qwen_train.train.metrics import this_process, write_status
 
@@ -36,7 +39,24 @@ SHARED_SECONDS = 30.0  # that a network file system may take to show a new file
 
 CHANGED = "changed "
 """How a line of a run's history begins."""
-_LOCKS: dict[Path, IO[str]] = {}
+BEGINNING = ("run_id", "config.yaml")
+"""What is written of a new run first, in this order; a folder with the last is a run's."""
+UNLOCKED = "run.dir: {path} cannot be locked ({reason}): see to it that no other process trains there"
+
+
+class _Lock(NamedTuple):
+    file: IO[str]
+    notes: tuple[str, ...]
+
+
+class _Begun(NamedTuple):
+    run_id: str
+    made: bool
+    """There was no folder before."""
+
+
+_LOCKS: dict[Path, _Lock] = {}
+_BEGUN: dict[Path, _Begun] = {}
 
 
 @dataclass(frozen=True)
@@ -75,53 +95,147 @@ def open_run(config: SFTConfig) -> RunFolder:
     """
     assert config.run.name is not None
     path = Path(config.run.dir) / config.run.name
-    _lock(path, config.data.cache_dir)
+    notes = _lock(path)
     if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
         raise ValueError(
             f"run.resume: {config.run.resume} is not a checkpoint folder; give one, or auto for the newest, or never"
         )
     if path.exists() and not path.is_dir():
         raise ValueError(f"run.name: {path} is a file; choose another run.name or run.dir")
-    is_new = not path.exists() or not any(path.iterdir())
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"run.name: {path} is a link to {path.readlink()}, which is not there; make it, or delete the link"
+        )
+    is_new = _is_free(path)
     if not is_new and config.run.resume == "never":
         raise ValueError(f"run.resume: never, but {path} holds a run already; delete it or choose another run.name")
-    return _begin(config, path) if is_new else _continue(config, path)
+    folder = _begin(config, path) if is_new else _continue(config, path)
+    return dataclasses.replace(folder, notes=(*notes, *folder.notes))
 
 
-def _lock(path: Path, cache_dir: str) -> None:
-    """Make this process the only one on this machine that works in the run's folder, for as long as it lives.
+def free_name(config: SFTConfig) -> str:
+    """`run.name`; if it was made up from the time, the first of it, it-2, it-3, ... that no other run has. Rank 0 only.
 
-    Two would write the same metrics and checkpoints. The lock lies in the cache, so that a refused run leaves nothing
-    behind; it is of the process (POSIX), so it ends with a killed one and its workers do not inherit it.
+    The name is this process's from then on: of several started in one second each gets its own.
     """
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
-    file = Path(cache_dir) / "locks" / name
-    if file in _LOCKS:
-        return
+    assert config.run.name is not None
+    name, number = config.run.name, 1
+    while config.run.name in MADE_UP and not _take(Path(config.run.dir) / name):
+        number += 1
+        name = f"{config.run.name}-{number}"
+    return name
+
+
+def _take(path: Path) -> bool:
+    """Lock the folder of a new run; False if there is one, or another process is about to make it."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _LOCKS[file] = open(file, "a")  # noqa: SIM115  # held until the process ends
-        fcntl.lockf(_LOCKS[file], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        _LOCKS.pop(file, None)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(
-                f"run.name: another process is training in {path}; wait for it, or choose another run.name"
-            ) from None
-        raise ValueError(f"data.cache_dir: cannot write to {file.parent}: {error.strerror}; choose another") from None
+        _lock(path)
+    except _TakenError:
+        return False
+    if os.path.lexists(path):
+        _unlock(_lock_of(path))
+        return False
+    return True
+
+
+class _TakenError(ValueError):
+    """Another process works in the folder."""
+
+
+def _lock_of(path: Path) -> Path:
+    return path.parent.resolve() / f".{path.name}.lock"
+
+
+def _lock(path: Path) -> tuple[str, ...]:
+    """Make this process the only one that works in the run's folder, for as long as it lives; what is to say of it.
+
+    Two would write the same metrics and checkpoints. The lock lies beside the folder, where all see it who see the
+    folder. It is of the process (POSIX), so it ends with a killed one and its workers do not inherit it.
+    """
+    place = _lock_of(path)
+    while place not in _LOCKS:
+        notes: tuple[str, ...] = ()
+        try:
+            make_folder(place.parent)
+            file = open(place, "a")  # noqa: SIM115  # held until the process ends
+        except OSError as error:
+            if not path.is_dir():
+                raise ValueError(f"run.dir: cannot write to {path}: {error.strerror}; choose another run.dir") from None
+            return (UNLOCKED.format(path=path, reason=f"{place}: {error.strerror}"),)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise _TakenError(
+                    f"run.name: another process is training in {path}; wait for it, or choose another run.name"
+                ) from None
+            notes = (UNLOCKED.format(path=path, reason=f"its file system: {error.strerror}"),)
+        if _is_named(file, place):
+            _LOCKS[place] = _Lock(file, notes)
+            atexit.register(_unlock, place)
+        else:  # whoever held it has ended meanwhile
+            file.close()
+    return _LOCKS[place].notes
+
+
+def _is_named(file: IO[str], place: Path) -> bool:
+    """Whether an open file still bears its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _unlock(place: Path) -> None:
+    if lock := _LOCKS.pop(place, None):
+        with contextlib.suppress(OSError):  # an empty file that stays holds nobody up
+            place.unlink()
+        lock.file.close()
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a run can begin there: nothing is there, or what a start has left that was killed half way."""
+    if not path.exists():
+        return True
+    names = [child.name for child in path.iterdir()]
+    return "config.yaml" not in names and all(LEFTOVER.sub(r"\g<name>", name) in BEGINNING for name in names)
 
 
 def _begin(config: SFTConfig, path: Path) -> RunFolder:
     checkpoint, history = _named_checkpoint(config)
     run_id = uuid.uuid4().hex
+    _BEGUN[path] = _Begun(run_id, made=not path.exists())
     try:
-        with replacing_folder(path) as temporary:
-            write_file(temporary / "config.yaml", [_with_history(config, history)])
-            write_file(temporary / "run_id", [run_id.encode()])
-            write_status(temporary, "running")
+        make_folder(path)  # one that is there, perhaps a link or a disk of its own, is filled and not replaced
+        if not _is_free(path):  # a file system without locks
+            raise _TakenError(f"run.name: another process has just begun in {path}; choose another run.name")
+        clean_leftovers(path)
+        write_bytes_atomic(path / "run_id", run_id.encode())
+        write_bytes_atomic(path / "config.yaml", _with_history(config, history))
+        write_status(path, "running")
     except OSError as error:
+        take_back(path)
         raise ValueError(f"run.dir: cannot write to {path}: {error.strerror}; choose another run.dir") from None
     return RunFolder(path, config, False, run_id, checkpoint, history, history)
+
+
+def take_back(path: Path) -> bool:
+    """Take away again a run that this very process has begun and has not trained; whether there was one."""
+    begun = _BEGUN.get(path)
+    if begun is None or not path.is_dir() or (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
+        return False
+    if not _is_free(path) and (path / "run_id").read_text() != begun.run_id:
+        return False
+    if begun.made:
+        delete_folder(path)
+        return True
+    for child in sorted(path.iterdir(), key=lambda child: (*(child.name == name for name in BEGINNING),)):
+        if child.is_dir():  # its beginning goes last, so that a start after a kill knows the rest
+            delete_folder(child)
+        else:
+            child.unlink()
+    return True
 
 
 def _continue(config: SFTConfig, path: Path) -> RunFolder:
@@ -135,10 +249,11 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
         require_same_result(changes, path)
     notes = [f"{change.field}: {change.old} -> {change.new}" for change in changes]
     run_id = (path / "run_id").read_text()
-    if finished:
+    result = path / Path(str(_status(path).get("result", "."))).name
+    if finished and result.exists():
         return RunFolder(path, config, True, run_id, None, tuple(notes))
     notes += clean_leftovers(path) + clean_leftovers(path / "checkpoints")
-    checkpoint, history = _named_checkpoint(config)
+    checkpoint, history = (None, ()) if finished else _named_checkpoint(config)
     checkpoints = path / "checkpoints"
     if checkpoint is None or checkpoint.resolve().parent != checkpoints.resolve():
         # One of another run is where this one began: the same command, run again, must not throw away what it has done.
@@ -149,9 +264,16 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
                 f"run.resume: no checkpoint in {checkpoints} is whole ({reasons}); check the disk, or to start over "
                 "delete them or choose another run.name"
             )
+        if own is None and finished:
+            raise ValueError(
+                f"{path}: the run is finished, and {result} and its checkpoints are gone; to train it again delete "
+                "the folder or choose another run.name"
+            )
         notes += [f"{folder}: skipped, {reason}" for folder, reason in skipped]
         if checkpoint is None or own is not None:
             checkpoint, history = own, _accepted(changes, own)
+    if finished:
+        notes.append(f"{result} is gone: it is written again")
     notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting from step 0")
     notes += history
     write_status(path, "running")

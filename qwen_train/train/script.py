@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,8 +17,7 @@ from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, print_erro
 from qwen_train.data.stream import worker_death
 from qwen_train.train.checkpoint import SaveError, saved_step
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import delete_folder
-from qwen_train.train.folder import is_ours
+from qwen_train.train.folder import free_name, is_ours, take_back
 from qwen_train.train.metrics import write_status
 from qwen_train.train.peers import Departure
 from qwen_train.train.signals import START_INTERRUPTED, Interrupted
@@ -42,13 +42,15 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
         print(error, flush=True)
         sys.exit(128 + signal.SIGTERM)
     assert config.run.name is not None
-    folder = Path(config.run.dir) / config.run.name
+    name, folder = config.run.name, Path(config.run.dir) / config.run.name
     if run.is_main:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     if run.peers is not None:
-        run.peers.when_gone(lambda departure: os._exit(_follow(run, folder, config.run.name, departure)))
+        run.peers.when_gone(lambda departure: os._exit(_follow(run, folder, name, departure)))
     try:
+        name = run.from_main(lambda: free_name(config))
+        config, folder = replace(config, run=replace(config.run, name=name)), folder.with_name(name)
         require_one_config(run, config)
         train(config, run)
     except BaseException as error:
@@ -56,11 +58,11 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
         run.begin()  # from here on a signal is only noted: the way out is taken already
         departure = run.departure(error, early)
         if departure is not None and not (early and departure.reason):
-            sys.exit(_follow(run, folder, config.run.name, departure))
+            sys.exit(_follow(run, folder, name, departure))
         # Libraries that a signal cuts short before training clean up with errors of their own.
         cause = Interrupted(START_INTERRUPTED) if early else error
         if isinstance(cause, Interrupted):
-            reason = f"{cause}{run.asked_elsewhere}; {_how_to_go_on(config.run.name)}"
+            reason = f"{cause}{run.asked_elsewhere}; {_how_to_go_on(name)}"
             run.note(reason)
             _report(run, folder, "interrupted", reason)
             run.close(reason if early else "")  # in training all ranks leave together
@@ -83,12 +85,12 @@ def require_one_config(run: Run, config: SFTConfig) -> None:
     run.require_alike("config", values)
 
 
-def _follow(run: Run, folder: Path, name: str | None, departure: Departure) -> int:
+def _follow(run: Run, folder: Path, name: str, departure: Departure) -> int:
     """Report that another rank has gone, without which this one cannot go on; the exit code.
 
     The first rank that is left of each machine says so; not beside one that has said itself why it leaves.
     """
-    assert run.peers is not None and name is not None
+    assert run.peers is not None
     reason = f"{departure}".splitlines()[0] + f"; {_how_to_go_on(name)}"
     _report(run, folder, "failed", reason)
     gone = departure.member
@@ -112,10 +114,7 @@ def _end_workers() -> None:
 
 def _refuse(run: Run, folder: Path, outcome: str, reason: str) -> NoReturn:
     """Leave with code 2 and `reason`; a folder in which nothing was trained yet is taken away again."""
-    untrained = not (folder / "metrics.jsonl").exists() and not (folder / "checkpoints").exists()
-    if run.is_main and untrained and is_ours(folder):
-        delete_folder(folder)
-    else:
+    if not (run.is_main and take_back(folder)):
         _report(run, folder, outcome, reason)
     run.close(reason)
     if not run.is_main:

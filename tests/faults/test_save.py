@@ -278,3 +278,19 @@ def test_a_file_replaced_by_a_link_or_folder_is_refused(tmp_path):
         make(path / "adapter.safetensors")
         assert "adapter.safetensors is not a plain file" in find_checkpoint(tmp_path)[1][0][1]
         shutil.rmtree(path)
+
+
+def test_a_checkpoint_that_is_a_link_goes_without_what_it_leads_to(tmp_path):
+    """Somebody has moved it to another disk: rotation, a next save of the step and leftovers take the link alone."""
+    folder, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    archive.mkdir()
+    for step in (1, 2, 3):
+        save(folder, step, keep=9).rename(archive / f"{step}")
+    (folder / "step-000001").symlink_to(archive / "1")
+    (folder / "step-000002").symlink_to(archive / "2")
+    (folder / f"step-000003.tmp-{'0' * 32}").symlink_to(archive / "3")
+    save(folder, 2, keep=1)  # replaces 2, rotates 1 away
+    clean_leftovers(folder)
+    assert names(folder) == ["step-000002"] and not (folder / "step-000002").is_symlink()
+    for step in (1, 2, 3):
+        assert names(archive / f"{step}") == names(folder / "step-000002")
