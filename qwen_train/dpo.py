@@ -52,7 +52,6 @@ from qwen_train.train.reference import (
     audit_start,
     check_reference,
     probe_rows,
-    prove_reference,
     score_pairs,
 )
 from qwen_train.train.saver import Saver, require_room
@@ -112,10 +111,10 @@ def train(config: DPOConfig, run: Run) -> None:
     )
     reference = Reference(config, model, tokenizer, run, folder.base)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
-    progress = restore(folder, model, optimizer, data.fingerprint)
+    progress = restore(run, folder, model, optimizer, data, stream)
     if held_out:
-        of_skills = {"data.eval_sft": sft_data.content} if skills else {}
-        progress.hold_out(config, {"data.eval": eval_data.content, **of_skills})
+        of_skills = {"data.eval_sft": sft_data.report.content} if skills else {}
+        progress.hold_out(config, {"data.eval": eval_data.report.content, **of_skills})
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
     ref_logps = reference.of_data(run, data, collate, lengths)
     if held_out:
@@ -124,7 +123,7 @@ def train(config: DPOConfig, run: Run) -> None:
     if reference.source:
         if folder.checkpoint is None:
             audit_start(run, model, reference, ref_logps, stream[0])
-        prove_reference(run, reference, collate, len(data), folder)
+        reference.prove(run, data, folder, progress)
     if config.reference.precompute:
         reference.release()
     config = settle(run, folder.config, config, model, optimizer, int(lengths.max()), shape)  # `auto`, measured
@@ -224,7 +223,7 @@ def train(config: DPOConfig, run: Run) -> None:
             stopping = run.should_stop()
             if last or stopping or due(progress.step, config.run.save_every) or save_asked(run, folder):
                 with throughput.paused():
-                    save(run, folder, progress, model, optimizer, config, saver, before_write=metrics.sync)
+                    save(run, folder, progress, model, optimizer, config, saver, stream, metrics.sync)
             saver.check()
             if stopping:
                 saver.wait()

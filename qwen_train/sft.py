@@ -71,9 +71,9 @@ def train(config: SFTConfig, run: Run) -> None:
     # -- model and optimizer, fresh or from a checkpoint --------------------------------------------------------------
     model = run.prepare(load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded))
     optimizer = build_optimizer(model.named_parameters(), config.optim)
-    progress = restore(folder, model, optimizer, data.fingerprint)
+    progress = restore(run, folder, model, optimizer, data, stream)
     if held_out is not None:
-        progress.hold_out(config, {"data.eval": eval_data.content})
+        progress.hold_out(config, {"data.eval": eval_data.report.content})
     config = settle(run, folder.config, config, model, optimizer, longest, shape)  # `auto`, measured
     stream.tokens_per_microbatch = microbatch_tokens(config)
     run.from_main(lambda: require_room(folder.checkpoints, model, config, total_steps - progress.step))
@@ -162,7 +162,7 @@ def train(config: SFTConfig, run: Run) -> None:
             stopping = run.should_stop()
             if last or stopping or due(progress.step, config.run.save_every) or save_asked(run, folder):
                 with throughput.paused():
-                    save(run, folder, progress, model, optimizer, config, saver, before_write=metrics.sync)
+                    save(run, folder, progress, model, optimizer, config, saver, stream, metrics.sync)
             saver.check()
             if stopping:
                 saver.wait()

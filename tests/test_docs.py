@@ -35,7 +35,7 @@ SECTIONS = {name.split(".")[0] for name in FIELDS}
 PLACES = ("", "qwen_train/", "configs/", "docs/", "tests/")
 MADE_BY_USERS = {"my.jsonl", "pairs.jsonl", "pairs2.jsonl", "held_out.jsonl", "a.jsonl", "b.jsonl"}
 IN_A_RUN = {"config.yaml", "status.json", "metrics.jsonl", "incidents.jsonl"}
-IN_A_RUN |= {"state.json", "manifest.json", "reference.json"}
+IN_A_RUN |= {"state.json", "manifest.json"}
 
 
 def text_of(name: str) -> str:

@@ -218,7 +218,8 @@ def test_a_loss_without_reference_runs_none(loss: str, start: Path, tmp_path, sc
                            "Reference.active = fail")  # fmt: skip
     assert done.code == 0, done.output
     lines = read_metrics(tmp_path / "tiny-dpo")
-    assert not (tmp_path / "tiny-dpo" / "reference.json").exists()
+    state = json.loads((tmp_path / "tiny-dpo/checkpoints/step-000002/state.json").read_text())
+    assert state["reference"] == {}
     assert lines[0]["eval/logps/chosen_change"] == 0 and lines[-1]["eval/logps/chosen_change"] != 0
     assert lines[-1]["eval/logps/chosen"] - lines[0]["eval/logps/chosen"] == pytest.approx(
         lines[-1]["eval/logps/chosen_change"]

@@ -20,12 +20,12 @@ from qwen_train.model.load import load_tokenizer
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.distributed import Run
 from qwen_train.train.folder import RunFolder
+from qwen_train.train.progress import Progress
 from qwen_train.train.reference import (
     Reference,
     _cause,
     audit_start,
     check_reference,
-    prove_reference,
     score_pairs,
     sequence_sums,
 )
@@ -389,24 +389,34 @@ def test_the_audit_names_another_model(start: Path, run: Run, tmp_path: Path, ca
 
 
 def test_a_resumed_run_proves_its_reference(start: Path, run: Run, tmp_path: Path, cache_dir: Path) -> None:
+    """By token ids of its own: rows that come in another order or are no more there say nothing of the reference."""
     config = dpo_config(*on(start))
     model = load(config)
     reference = reference_of(config, model, run, tmp_path)
-    data = pairs_of(config, few_pairs(tmp_path), cache_dir)
-    collate = collate_preferences(data.dataset, True)
-    prove_reference(run, reference, collate, len(data), folder_of(tmp_path))
+    data, others = (pairs_of(config, few_pairs(tmp_path, count), cache_dir) for count in (48, 20))
+    progress = Progress()
+    reference.prove(run, data, folder_of(tmp_path), progress)
+    progress = Progress(**json.loads(json.dumps(dataclasses.asdict(progress))))
+    noted = progress.reference
+    assert len(noted["pairs"]) == 4 and [len(pair) for pair in noted["logps"]] == [2] * 4
+
     resumed = folder_of(tmp_path, tmp_path / "checkpoints" / "step-000001")
     disturb(model)
-    prove_reference(run, reference, collate, len(data), resumed)  # the policy moved, the reference did not
+    reference.prove(run, others, resumed, progress)  # the policy moved and so did the data, the reference did not
+    twice = dataclasses.replace(config, reference=dataclasses.replace(config.reference, share_prompt=False))
+    reference_of(twice, model, run, tmp_path).prove(run, data, resumed, progress)
+    assert progress.reference == noted and resumed.history == []
 
-    stored = json.loads((tmp_path / "reference.json").read_text())
-    assert len(stored["rows"]) == 4
-    other = load(dpo_config("--model.path", str(start.parent / "base")))
+    another = load(dpo_config("--model.path", str(start.parent / "base")))
+    other = reference_of(config, another, run, tmp_path)
     with pytest.raises(ValueError, match="it is not the one this run began with"):
-        prove_reference(run, reference_of(config, other, run, tmp_path), collate, len(data), resumed)
-    (tmp_path / "reference.json").unlink()
-    with pytest.raises(ValueError, match="cannot be proved to be the same"):
-        prove_reference(run, reference, collate, len(data), resumed)
+        other.prove(run, data, resumed, progress)
+    with pytest.raises(ValueError, match="could prove it to be the same"):
+        reference.prove(run, data, resumed, Progress())
+    accepting = dataclasses.replace(config, run=dataclasses.replace(config.run, accept_changes=True))
+    other.prove(run, data, dataclasses.replace(resumed, config=accepting), progress)
+    assert resumed.history == ["changed after step-000001: the reference is another"]
+    other.prove(run, data, resumed, progress)  # from now on
 
 
 # --- Two processes

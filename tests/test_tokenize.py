@@ -228,7 +228,7 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path: Path, damage: str, 
 
 def race(path: str, cache: str, results: Any) -> None:
     data = run(path, Path(cache))
-    results.put((data.fingerprint, data.dataset["input_ids"][0][:3], len(data)))
+    results.put((data.folder.name, data.dataset["input_ids"][0][:3], len(data)))
 
 
 def test_two_processes_race_to_one_folder(tmp_path: Path) -> None:
@@ -268,8 +268,32 @@ def test_the_content_is_the_rows_and_not_their_file(tmp_path: Path) -> None:
     contents = []
     for name, answers in answers_by_file.items():
         path = write(tmp_path / f"{name}.jsonl", [chat_row("Sure?", answer) for answer in answers])
-        contents.append(run(path, tmp_path / "cache").content)
+        contents.append(run(path, tmp_path / "cache").report.content)
     assert contents[0] == contents[1] and len({*contents}) == 3
+
+
+def test_the_content_is_not_what_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens by another version of a package, from two files with empty lines, cut up by more workers."""
+    rows = [chat_row("Sure?", answer) for answer in ("Yes.", "No.", "Red.") * 700]
+    first = run(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
+    again = run(str(tmp_path / "a.jsonl"), tmp_path / "cache")
+    assert first.report.content == again.report.content and len(first.report.content) == 64
+
+    version = tokenize.importlib.metadata.version
+    monkeypatch.setattr(tokenize.importlib.metadata, "version", lambda package: version(package) + ".post1")
+    paths = [write(tmp_path / "b.jsonl", rows[:900]), write(tmp_path / "c.jsonl", rows[900:])]
+    (tmp_path / "c.jsonl").write_text("\n" + (tmp_path / "c.jsonl").read_text())
+    other = run(paths, tmp_path / "cache", workers=2)
+    assert other.folder != first.folder and other.report.content == first.report.content
+
+    def content(ids: list[list[int]], weights: tuple[float, ...] = (1.0, 1.0)) -> str:
+        spans = {name: [[0], [0]] for name in ("span_starts", "span_ends")}
+        numbers = {"span_weights": [[weight] for weight in weights], "length": [2, 2], "total_weight": [1.0, 1.0]}
+        columns = {"input_ids": ids} | spans | numbers | {"source": [0, 0], "row": [0, 1]}
+        return tokenize._content("sft", datasets.Dataset.from_dict(columns))
+
+    sent = [content([[1, 2], [3]]), content([[1], [2, 3]]), content([[1, 2], [3]], (1.0, 0.5)), content([[3], [1, 2]])]
+    assert len({*sent}) == 4 and content([[1, 2], [3]]) == sent[0]
 
 
 def test_judged_rows_hold_every_row(tmp_path: Path) -> None:

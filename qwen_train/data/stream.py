@@ -5,6 +5,7 @@ another number of workers sees the same sequences in the same steps.
 """
 
 import contextlib
+import hashlib
 import heapq
 import math
 import signal
@@ -165,6 +166,11 @@ class Stream:
         first = self._first_position(epoch)
         num_rows = self._first_position(epoch + 1) - first
         return (epoch * num_rows + position - first) / num_rows
+
+    def order_digest(self, step: int) -> str:
+        """Hash of the order of the epoch that a step begins in, that numpy and this file give: neither is forever."""
+        order = self._order(self._epoch_at(step * self.sequences_per_step))
+        return hashlib.sha256(order.astype(np.int64).tobytes()).hexdigest()
 
     def halve_budget(self) -> bool:
         """Cut later steps into micro-batches of half as many tokens, but no fewer than the longest row has.

@@ -136,6 +136,8 @@ class TokenReport:
     dropped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     lines: list[bool] = field(default_factory=list)
+    content: str = ""
+    """Hash of the token arrays: the same for the same rows, wherever their files lie and whatever made them tokens."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -172,7 +174,6 @@ class TokenDataset:
     report: TokenReport
     sources: list[Source]
     folder: Path
-    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -180,15 +181,6 @@ class TokenDataset:
     @property
     def paths(self) -> list[str]:
         return [source.path for source in self.sources]
-
-    @property
-    def content(self) -> str:
-        """Hash of the token arrays: the same for the same rows, wherever their files lie."""
-        digest = hashlib.sha256()
-        for batch in self.dataset.data.to_batches():
-            for buffer in (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None):
-                digest.update(buffer)
-        return digest.hexdigest()
 
     def column(self, name: str) -> np.ndarray:
         """A column of single numbers (length, total_weight, source, row) as one array."""
@@ -216,9 +208,8 @@ def tokenize(
     sources = sources_of(paths, kind, format, name)
     Template(tokenizer)  # an unusable template is refused before any work, and before an old cache is looked at
     judging = _Judge(kind, tokenizer, options, format)
-    fingerprint = _fingerprint(sources, judging)
     root = Path(cache_dir) / "tokens"
-    folder = root / fingerprint
+    folder = root / _fingerprint(sources, judging)
     for left in clean_scratch(root):
         log.warning("%s: deleted, left by a process that died while tokenising", left)
     if not folder.exists():
@@ -231,7 +222,7 @@ def tokenize(
         _rename_away(folder, aside)
         _build(sources, judging, workers, folder)
         dataset, report = _load(folder)
-    return TokenDataset(dataset, report, sources, folder, fingerprint)
+    return TokenDataset(dataset, report, sources, folder)
 
 
 def judge(
@@ -378,6 +369,7 @@ def _build(sources: list[Source], judging: _Judge, workers: int, folder: Path) -
             done = work / "done"
             save_table(table, keep, list(COLUMNS[judging.kind]), done)
             del table
+            report.content = _content(judging.kind, load_table(done))
             (done / "report.json").write_text(json.dumps(asdict(report), indent=1))
             manifest = {file.name: _file_hash(file) for file in sorted(done.iterdir())}
             (done / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -446,6 +438,22 @@ def nothing_left(rows: int, dropped: Mapping[str, int], errors: int = 0) -> str:
     reasons += [f"in error: {errors:,}"] if errors else []
     remedy = "raise data.max_length or give other data" if dropped.get("too_long") else "give other data"
     return f"none of {rows:,} rows is left ({', '.join(reasons)}); {remedy}"
+
+
+def _content(kind: Kind, table: Any) -> str:
+    """`TokenReport.content`: of the columns but the rows' places, however they are cut into batches."""
+    digests = {}
+    for name, column in COLUMNS[kind].items():
+        if name in PLACE_COLUMNS:
+            continue
+        lengths, values = hashlib.sha256(), hashlib.sha256()
+        for chunk in table.data.column(name).chunks:
+            if column.is_list:
+                lengths.update(chunk.value_lengths().to_numpy())
+                chunk = chunk.flatten()
+            values.update(chunk.to_numpy())
+        digests[name] = [lengths.hexdigest(), values.hexdigest()]
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def _supervised(kind: Kind, table: Any) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from qwen_train.config import SFTConfig, as_dict
 from qwen_train.data.packing import Batch
 from qwen_train.data.sources import resolve_paths
-from qwen_train.model.adapters import BASE, base_fingerprint
+from qwen_train.model.adapters import BASE
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.output.export import CardKind, shown_path, write_adapter, write_full_model, write_model_card
 from qwen_train.output.merge import score, write_delta, write_joined
@@ -60,13 +60,14 @@ def write_result(
     if not run.is_main:
         return
     base_name = str(folder.base) if config.model.from_scratch else config.model.path
+    base_sha256 = progress.start.get("model.path", "")  # of what training began with; none if it drew all its weights
     if not isinstance(model.lm, PeftModel):
         result = _full_model(folder.path / "model", model, tensors, tokenizer, config)
     elif start is None:
-        result = _adapter(folder.path / "adapter", model.lm, tensors, tokenizer, config, base_name)
+        result = _adapter(folder.path / "adapter", model.lm, tensors, tokenizer, config, base_name, base_sha256)
     else:
         assert expected is not None
-        result = _joined(folder.path, start, model, tensors, tokenizer, config, base_name, probe, expected)
+        result = _joined(folder.path, start, model, tensors, tokenizer, config, base_name, base_sha256, probe, expected)
     evaluations = _evaluations(folder)
     card: dict[str, Any] = {
         "kind": result.kind,
@@ -118,10 +119,10 @@ def _adapter(
     tokenizer: PreTrainedTokenizerBase,
     config: SFTConfig,
     base_name: str,
+    base_sha256: str,
 ) -> _Result:
     write_adapter(folder, lm, tensors, tokenizer, base_name)
-    sha256 = base_fingerprint(base_name, config.model.revision)
-    write_json_atomic(folder / BASE, {"base_sha256": sha256, "base": base_name})
+    write_json_atomic(folder / BASE, {"base_sha256": base_sha256, "base": base_name})
     return _Result(folder, "adapter", {"r": config.lora.r, "use_dora": config.lora.use_dora})
 
 
@@ -133,14 +134,14 @@ def _joined(
     tokenizer: PreTrainedTokenizerBase,
     config: SFTConfig,
     base_name: str,
+    base_sha256: str,
     probe: Batch,
     expected: Tensor,
 ) -> _Result:
     """The merged start and this run as one, in `adapter/` (`model/` where adapters cannot be joined), with a proof."""
     assert isinstance(model.lm, PeftModel)
     delta, target = run_folder / "adapter_delta", run_folder / "adapter"
-    fingerprint = base_fingerprint(base_name, config.model.revision)
-    write_delta(delta, start, base_name, fingerprint, model.lm, tensors, tokenizer)
+    write_delta(delta, start, base_name, base_sha256, model.lm, tensors, tokenizer)
     tolerance = TOLERANCE[config.model.dtype] if config.model.quantization == "none" else math.inf
     joined = write_joined(start, delta, target, base_name, model, tokenizer, probe, expected, tolerance)
     facts = {

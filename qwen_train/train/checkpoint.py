@@ -10,6 +10,7 @@ their files into the folder of one `saving`, and rank 0 ends it with `finish_sav
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -17,12 +18,14 @@ import logging
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from qwen_train.config import DPOConfig, LoraConfig, SFTConfig, as_dict
+from qwen_train.loss.preference import LOSSES
 from qwen_train.train.blocks import BlockReader
 from qwen_train.train.files import (
     FileEntry,
@@ -38,9 +41,13 @@ from qwen_train.train.files import (
 
 logger = logging.getLogger(__name__)
 
+C = TypeVar("C", bound=SFTConfig)
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+LEFT = "left-"
+"""What the names of checkpoints begin with that a run has left behind by going back before them."""
 STEP_FOLDER = re.compile(r"step-(?P<step>\d{6,})(\.old-[0-9a-f]{32})?")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
 
@@ -123,25 +130,43 @@ def finish_save(temporary: Path, step: int, entries: dict[str, FileEntry], state
 def _rotate(newest: Path, keep: int) -> None:
     """Delete checkpoints of the run that just saved `newest`: all but the newest `keep`, and those of later steps.
 
-    Later steps exist only if the run was resumed from an earlier checkpoint: they belong to a course that was left.
-    Folders of another run and folders without a readable manifest are not touched.
+    Later steps exist only if the run was resumed from an earlier checkpoint: they belong to a course that was left, as
+    do those that `set_aside` has renamed. Folders of another run and folders without a readable manifest are not touched.
     """
     manifest = _read_manifest(newest)
     kept = 0
     named = [path for path in _step_folders(newest.parent) if not path.suffix]
-    for path in sorted(named, key=_step_of, reverse=True):
+    for path in [*sorted(named, key=_step_of, reverse=True), *newest.parent.glob(f"{LEFT}*")]:
         try:
             if _read_manifest(path)["run_id"] != manifest["run_id"]:
                 continue
         except ValueError:
             continue
-        if _step_of(path) <= manifest["step"] and kept < keep and _shallow_problem(path) is None:
+        left = path.name.startswith(LEFT) or _step_of(path) > manifest["step"]
+        if not left and kept < keep and _shallow_problem(path) is None:
             kept += 1
             continue
         try:
             delete_folder(path)
         except OSError as error:  # the new checkpoint is safe: a folder too many is no reason to stop a run
             logger.warning("%s: an old checkpoint could not be deleted (%s)", path, error)
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the whole checkpoints after `step`, to which a run has gone back: its log is about to be cut there.
+
+    A start after a kill then goes on from `step` as well, and the log has no hole. The newest is renamed first, so that
+    the log reaches to the newest that bears its name, whenever the process dies; `_rotate` deletes them.
+    """
+    own = folder / f"step-{step:06d}"
+    aside = []
+    for path in sorted(_step_folders(folder) if own.exists() else [], key=_step_of, reverse=True):
+        if path.suffix or _step_of(path) <= step or _problem(path) is not None:
+            continue
+        if _read_manifest(path)["run_id"] == _read_manifest(own)["run_id"]:
+            aside.append(path.with_name(path.name.replace("step-", LEFT)))
+            install_folder(path, aside[-1])
+    return aside
 
 
 # Finding and loading -------------------------------------------------------------------------------------------------
@@ -177,12 +202,18 @@ def open_checkpoint(path: Path) -> tuple[BlockReader, dict[str, Any]]:
 
     Opens the files of the manifest and no other.
     """
-    files = _read_manifest(path)["files"]
-    strangers = sorted(child.name for child in path.iterdir() if child.name not in files and child.name != MANIFEST)
-    if strangers:
-        logger.warning("%s: not of this checkpoint and left closed: %s", path, ", ".join(strangers))
+    try:
+        files = _read_manifest(path)["files"]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; it was whole when this run started: start again") from None
     reader = BlockReader(path, [name for name in files if name.endswith(".safetensors")])
     return reader, json.loads((path / STATE).read_bytes())
+
+
+def strangers(path: Path) -> list[str]:
+    """What lies in a whole checkpoint and is not of it, and is never opened."""
+    files = _read_manifest(path)["files"]
+    return sorted(child.name for child in path.iterdir() if child.name not in files and child.name != MANIFEST)
 
 
 def _step_folders(folder: Path) -> list[Path]:
@@ -276,6 +307,8 @@ HARMLESS = frozenset(
         "optim.max_skipped", "reference.precompute", "reference.share_prompt",
     }
 )  # fmt: skip
+# Fields that say where something lies: going on compares what lies there with what lay there (`progress.restore`).
+PLACES = frozenset({"data.train", "model.path", "model.revision", "model.adapter", "reference.path"})
 ABSENT = "(absent)"
 
 
@@ -297,6 +330,37 @@ def config_changes(old: dict[str, Any], new: dict[str, Any]) -> list[ConfigChang
         for field in [*after, *(field for field in before if field not in after)]
         if before.get(field, ABSENT) != after.get(field, ABSENT)
     ]
+
+
+def changes_since(stored: dict[str, Any], config: SFTConfig) -> list[ConfigChange]:
+    """How a config differs from that of a run that goes on under it, both with their defaults written out.
+
+    What an earlier version did not store yet stood at its default; a whole section is missing of another kind of run.
+    """
+    stored = {section: dict(values) for section, values in stored.items()}
+    for section in stored.keys() & {section.name for section in dataclasses.fields(config)}:
+        for one in dataclasses.fields(getattr(config, section)):
+            if one.name not in stored[section] and one.default is not MISSING:
+                stored[section][one.name] = one.default
+    lora, loss = stored.get("lora", {}), stored.get("loss", {})
+    if lora.get("enabled") and lora.get("alpha", 0) is None:
+        lora["alpha"] = LoraConfig(r=lora["r"]).scale_numerator
+    if loss.get("name") in LOSSES:
+        loss |= {name: value for name, value in LOSSES[loss["name"]].defaults.items() if loss.get(name) is None}
+    return config_changes(stored, as_dict(written_out(config)))
+
+
+def written_out(config: C) -> C:
+    """The config with the defaults that hang on other fields as values: what a run was trained under must not change
+    with what this code makes of null."""
+    if config.lora.enabled:
+        config = replace(config, lora=replace(config.lora, alpha=config.lora.scale_numerator))
+    return replace(config, loss=config.loss.resolved()) if isinstance(config, DPOConfig) else config
+
+
+def besides_places(changes: list[ConfigChange]) -> list[ConfigChange]:
+    """The changes but for another place of the same thing, which has yet to prove that it is the same."""
+    return [change for change in changes if change.field not in PLACES or None in (change.old, change.new)]
 
 
 def require_same_result(changes: list[ConfigChange], checkpoint: Path) -> None:

@@ -9,21 +9,25 @@ import json
 import os
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import yaml
 
-from qwen_train.config import MADE_UP, SFTConfig, as_dict, to_yaml
+from qwen_train.config import MADE_UP, SFTConfig, to_yaml
 from qwen_train.train.checkpoint import (
     ConfigChange,
+    besides_places,
     changes_of_result,
-    config_changes,
+    changes_since,
     find_checkpoint,
     require_same_result,
     saved_step,
+    strangers,
     verify,
+    written_out,
 )
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import (
@@ -74,8 +78,8 @@ class RunFolder:
     """What to go on from; None: from the start."""
     notes: tuple[str, ...]
     """What a person should hear about it."""
-    history: tuple[str, ...] = ()
-    """Changes of the config on the way that shaped the result, a line each (`run.accept_changes`)."""
+    history: list[str] = field(default_factory=list)
+    """Changes on the way that shaped the result, a line each (`run.accept_changes`); grows as they are found."""
 
     @property
     def checkpoints(self) -> Path:
@@ -93,6 +97,7 @@ def open_run(config: SFTConfig) -> RunFolder:
 
     Raises ValueError for a folder that is not this run's, which is left as it is.
     """
+    config = written_out(config)
     assert config.run.name is not None
     path = Path(config.run.dir) / config.run.name
     notes = _lock(path)
@@ -110,7 +115,9 @@ def open_run(config: SFTConfig) -> RunFolder:
     if not is_new and config.run.resume == "never":
         raise ValueError(f"run.resume: never, but {path} holds a run already; delete it or choose another run.name")
     folder = _begin(config, path) if is_new else _continue(config, path)
-    return dataclasses.replace(folder, notes=(*notes, *folder.notes))
+    if folder.checkpoint and (names := strangers(folder.checkpoint)):
+        notes += (f"{folder.checkpoint}: not of this checkpoint and left closed: {', '.join(names)}",)
+    return dataclasses.replace(folder, notes=(*folder.notes, *notes))
 
 
 def free_name(config: SFTConfig) -> str:
@@ -217,7 +224,7 @@ def _begin(config: SFTConfig, path: Path) -> RunFolder:
     except OSError as error:
         take_back(path)
         raise ValueError(f"run.dir: cannot write to {path}: {error.strerror}; choose another run.dir") from None
-    return RunFolder(path, config, False, run_id, checkpoint, history, history)
+    return RunFolder(path, config, False, run_id, checkpoint, history, list(history))
 
 
 def take_back(path: Path) -> bool:
@@ -241,12 +248,13 @@ def take_back(path: Path) -> bool:
 def _continue(config: SFTConfig, path: Path) -> RunFolder:
     stored = _stored_config(path)
     config = _with_resolved(config, stored)
-    changes = config_changes(stored, as_dict(config))
+    changes = changes_since(stored, config)
     finished = _outcome(path) == "finished"
     if finished:
         _require_nothing_new(changes, path)
-    elif not config.run.accept_changes:
-        require_same_result(changes, path)
+    shaping = besides_places(changes) if saved_step(path / "checkpoints") else changes
+    if not finished and not config.run.accept_changes:
+        require_same_result(shaping, path)
     notes = [f"{change.field}: {change.old} -> {change.new}" for change in changes]
     run_id = (path / "run_id").read_text()
     result = path / Path(str(_status(path).get("result", "."))).name
@@ -271,14 +279,14 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
             )
         notes += [f"{folder}: skipped, {reason}" for folder, reason in skipped]
         if checkpoint is None or own is not None:
-            checkpoint, history = own, _accepted(changes, own)
+            checkpoint, history = own, _accepted(shaping, own)
     if finished:
         notes.append(f"{result} is gone: it is written again")
     notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting from step 0")
     notes += history
     write_status(path, "running")
     # The new config is written when it trains (`record_config`): until then the run is what it was.
-    return RunFolder(path, config, False, run_id, checkpoint, tuple(notes), (*_read_history(path), *history))
+    return RunFolder(path, config, False, run_id, checkpoint, tuple(notes), [*_read_history(path), *history])
 
 
 def _require_nothing_new(changes: list[ConfigChange], path: Path) -> None:
@@ -302,7 +310,7 @@ def _accepted(changes: list[ConfigChange], checkpoint: Path | None) -> tuple[str
     )
 
 
-def _with_history(config: SFTConfig, history: tuple[str, ...]) -> bytes:
+def _with_history(config: SFTConfig, history: Sequence[str]) -> bytes:
     """config.yaml: the config, and as comments what it was before."""
     return (to_yaml(config) + "".join(f"# {line}\n" for line in history)).encode()
 
@@ -345,7 +353,7 @@ def _named_checkpoint(config: SFTConfig) -> tuple[Path | None, tuple[str, ...]]:
     checkpoint = Path(config.run.resume)
     verify(checkpoint)
     stored = json.loads((checkpoint / "state.json").read_bytes())["config"]
-    changes = config_changes(stored, as_dict(config))
+    changes = besides_places(changes_since(stored, config))
     if not config.run.accept_changes:
         require_same_result(changes, checkpoint)
     return checkpoint, _accepted(changes, checkpoint)

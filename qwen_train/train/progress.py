@@ -1,24 +1,26 @@
 """Where training stands in a run, and that written as a checkpoint and read from one."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from qwen_train.config import SFTConfig, as_dict
+from qwen_train.data.stream import Stream
+from qwen_train.data.tokenize import TokenDataset
+from qwen_train.model.adapters import adapter_sha256, base_fingerprint
 from qwen_train.model.packed import PackedLM, load_trainable, trainable_parameters
 from qwen_train.train.checkpoint import open_checkpoint, saved_step
 from qwen_train.train.distributed import Run
-from qwen_train.train.folder import RunFolder
+from qwen_train.train.folder import CHANGED, RunFolder
 from qwen_train.train.optim import load_optimizer_state, optimizer_state, place_masters
 from qwen_train.train.saver import Saver
 from qwen_train.train.sharding import read_like
 
-logger = logging.getLogger(__name__)
-
+ROWS_TWICE = "with rows that may come twice or never"
 WINDOW = 128
 """Steps whose losses and gradient norms a new one is compared with."""
 ANSWERS = "answers"
@@ -46,7 +48,13 @@ class Progress:
     tokens_per_microbatch: int | None = None
     """The token budget since the last of those; None: the config's."""
     data: str = ""
-    """Fingerprint of the token arrays that the steps are cut from."""
+    """Hash of the token arrays that the steps are cut from (`TokenReport.content`)."""
+    order: str = ""
+    """Hash of the order of the rows, of the epoch that the next step begins in."""
+    start: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of what training started from, by the field that names its place."""
+    reference: dict[str, Any] = field(default_factory=dict)
+    """A few pairs as token ids, and their log-probabilities under the reference (`Reference.prove`)."""
     start_logps: dict[str, float] = field(default_factory=dict)
     """Mean log-probability of the held-out answers at the first evaluation, by side, for losses without a reference."""
     evaluated: int = -1
@@ -81,7 +89,7 @@ def due(step: int, every: int) -> bool:
 def save_asked(run: Run, folder: RunFolder) -> bool:
     """Whether somebody has put a file `save` into the run's folder; it is taken away. All ranks hear the same."""
     request = folder.path / "save"
-    asked = run.is_main and request.exists()
+    asked = run.is_main and request.is_file()
     if asked:
         request.unlink(missing_ok=True)
     return run.maximum(float(asked)) > 0
@@ -95,6 +103,7 @@ def save(
     optimizer: Optimizer,
     config: SFTConfig,
     saver: Saver,
+    stream: Stream,
     before_write: Callable[[], None],
 ) -> None:
     """Begin a checkpoint of trained weights, optimizer state and progress; the loop waits for a copy of them alone.
@@ -103,6 +112,7 @@ def save(
     its own share. Raises ValueError for weights that are not finite.
     """
     require_finite(run, folder, model, saver)
+    progress.order = stream.order_digest(progress.step)
     parameters = trainable_parameters(model)
     state = {"run_id": folder.run_id, "world_size": run.world_size, "config": as_dict(config), **asdict(progress)}
     if folder.history:
@@ -134,27 +144,31 @@ def require_finite(run: Run, folder: RunFolder, model: PackedLM, saver: Saver | 
     )
 
 
-def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str) -> Progress:
+def restore(
+    run: Run, folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: TokenDataset, stream: Stream
+) -> Progress:
     """Weights, optimizer and progress of the checkpoint that the run goes on from; a fresh start if there is none.
 
-    `data`: fingerprint of the token arrays. Raises ValueError if it is not the checkpoint's, since rows would then be
-    trained twice or never (unless `run.accept_changes`).
+    Raises ValueError where the data, their order or the start are others than the checkpoint's (see `accept`).
     """
+    content, start = data.report.content, run.from_main(lambda: fingerprint_start(folder))
     if folder.checkpoint is None:
-        return Progress(data=data)
+        return Progress(data=content, start=start)
     reader, state = open_checkpoint(folder.checkpoint)
-    if state["data"] != data:
-        changed = (
-            f"{folder.checkpoint}: the data are no longer those of the run: files of data.train, the tokenizer, its "
-            "template, this project's code that reads them or the versions of transformers, tokenizers or jinja2 have "
-            "changed"
-        )
-        if not folder.config.run.accept_changes:
-            raise ValueError(
-                f"{changed}; restore them, start over with another run.name, or set run.accept_changes to go on with "
-                "rows that may come twice or never"
-            )
-        logger.warning("%s (run.accept_changes: going on)", changed)
+    if "order" not in state:
+        problem = "it is of an earlier version of this project, and its data cannot be told to be the same"
+        accept(run, folder, "the data may be others", problem, ROWS_TWICE)
+    elif state["data"] != content:
+        problem = "the data are no longer those of the run: data.train, the tokenizer or its template give other tokens"
+        accept(run, folder, "the data are others", problem, ROWS_TWICE)
+    elif state["order"] != stream.order_digest(state["step"]):
+        problem = "the rows no longer come in the order of the run: numpy, this project's code or the weights of "
+        accept(run, folder, "the order of the rows is another", f"{problem}data.train changed", ROWS_TWICE)
+    begun_with = state.get("start", start)
+    for name in {**start, **begun_with}:
+        if start.get(name) != begun_with.get(name):
+            problem = f"{name} is not what the run began with: other weights lie there now"
+            accept(run, folder, f"the weights of {name} are others", problem, "from another start")
     parameters = trainable_parameters(model)
     weights = {name: read_like(reader, "model", name, parameters.get(name)) for name in reader.names("model")}
     entries = {name: parameters.get(name.rpartition("/")[0]) for name in reader.names("optimizer")}
@@ -163,9 +177,38 @@ def restore(folder: RunFolder, model: PackedLM, optimizer: Optimizer, data: str)
     load_trainable(model, weights)
     load_optimizer_state(optimizer, parameters.items(), values)
     known = {one.name: state[one.name] for one in fields(Progress) if one.name in state}
-    progress = Progress(**known | {"data": data})
+    progress = Progress(**known | {"data": content, "start": start})
     if folder.checkpoint.parent.resolve() != folder.checkpoints.resolve():
         progress.evaluated = -1  # in another run's folder, whose numbers are not in this one's log
     if state["config"]["batch"]["tokens_per_microbatch"] != folder.config.batch.tokens_per_microbatch:
         progress.tokens_per_microbatch = None  # a new number counts
     return progress
+
+
+def fingerprint_start(folder: RunFolder) -> dict[str, str]:
+    """What the weights that training starts from are, by the field that names their place; samples of a base."""
+    model, start = folder.config.model, {}
+    if model.from_scratch and folder.config.lora.enabled:
+        start["model.path"] = base_fingerprint(str(folder.base))
+    elif not model.from_scratch:
+        start["model.path"] = base_fingerprint(model.path, model.revision)
+    if model.adapter is not None:
+        start["model.adapter"] = adapter_sha256(model.adapter)
+    return start
+
+
+def accept(run: Run, folder: RunFolder, change: str, problem: str, how: str) -> None:
+    """Add `change` to the history of the run, where `run.accept_changes` lets it pass; otherwise raise ValueError.
+
+    `problem`: what is wrong with the checkpoint; `how` a run goes on that has accepted it.
+    """
+    assert folder.checkpoint is not None
+    problem = f"{folder.checkpoint}: {problem}"
+    if not folder.config.run.accept_changes:
+        raise ValueError(
+            f"{problem}; put that back, start over with another run.name, or set run.accept_changes to go on {how}"
+        )
+    run.note(f"{problem} (run.accept_changes: going on {how})")
+    line = f"{CHANGED}after {folder.checkpoint.name}: {change}"
+    if line not in folder.history:
+        folder.history.append(line)

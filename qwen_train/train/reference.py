@@ -10,17 +10,18 @@ Letters: S supervised tokens, N sequences of a batch (two a pair: 2i is chosen, 
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwen_train.config import DPOConfig, config_hash, reference_source
-from qwen_train.data.packing import Batch, IntArray
+from qwen_train.data.packing import Batch, IntArray, pack_pairs
 from qwen_train.data.stream import Collate, MicroBatches, plan_microbatches
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import Pairs
@@ -30,8 +31,9 @@ from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import file_sha256, replacing_folder, write_file, write_json_atomic, write_tensors
+from qwen_train.train.files import file_sha256, replacing_folder, write_file, write_tensors
 from qwen_train.train.folder import RunFolder
+from qwen_train.train.progress import Progress, accept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,10 +41,12 @@ if TYPE_CHECKING:
 RefLogps = Callable[[Batch], Tensor | None]
 """Batch -> summed log-probability of each sequence under the reference, float64 [N]; None: the loss has none."""
 
+Pair = tuple[IntArray, IntArray, IntArray]
+"""Token ids of a prompt, of its chosen and of its rejected answer."""
+
 TOLERANCE = {"float32": (1e-5, 1e-5), "bfloat16": (1e-2, 1e-3)}
 """Nats a token by which the same model may differ from itself: mean of |difference|, |mean of difference|."""
 PROBE_ROWS = 4
-PROBE = "reference.json"
 
 
 def sequence_sums(values: Tensor, batch: Batch) -> Tensor:
@@ -101,7 +105,7 @@ class Reference:
             "source": self.source,
             "weights": self.weights_digest,
             "adapter": adapter_sha256(self.config.model.adapter or "") if self.source == "start_adapter" else None,
-            "data": data.fingerprint,  # files, template, tokenizer, length policy
+            "data": data.report.content,
             "dtype": self.config.model.dtype,
             "quantization": self.config.model.quantization,
             "version": importlib.metadata.version("transformers"),
@@ -110,8 +114,7 @@ class Reference:
         table, problem = run.from_main(lambda: _read_table(cache, len(data)))
         if table is not None:
             rows = probe_rows(len(data))
-            stored, now = table[rows], self._score_rows(rows, collate)
-            problem = run.from_main(lambda: self._problem(stored, now, rows, collate))
+            problem = self._problem(run, [collate([row]) for row in rows], table[rows])
         if table is None or problem is not None:
             if problem is not None:
                 run.note(f"reference: {cache} is not used, {problem}; all pairs are scored again")
@@ -131,16 +134,41 @@ class Reference:
         """Let go of a second model whose log-probs are all known; nothing may be asked of the reference any more."""
         del self.model
 
-    def _problem(self, expected: Tensor, found: Tensor, rows: Sequence[int], collate: Collate) -> str | None:
-        """How log-probabilities [len(rows), 2] of the answers of rows differ, if by more than the tolerance."""
-        tokens = sum(len(collate([row]).targets) for row in rows)
-        difference = found.double().cpu() - expected.double().cpu()
-        absolute, signed = float(difference.abs().sum()) / tokens, float(difference.sum()) / tokens
-        return _beyond_tolerance(absolute, signed, self.config.model.dtype)
+    def prove(self, run: Run, data: TokenDataset, folder: RunFolder, progress: Progress) -> None:
+        """Note log-probs of a few pairs in `progress` when a run begins; compare with them when it goes on.
 
-    def _score_rows(self, rows: Sequence[int], collate: Collate) -> Tensor:
-        """Log-probabilities [len(rows), 2], each pair in a micro-batch of its own."""
-        return torch.cat([self._score(collate([row])) for row in rows]).cpu()
+        The pairs are kept as token ids: other rows of the same reference are not another reference. Raises ValueError
+        when it is no longer what it was, its files replaced or read otherwise (see `accept`).
+        """
+        problem: str | None = "its checkpoint holds no log-probs that could prove it to be the same"
+        if stored := progress.reference:
+            pairs = [_pair(np.array(part.split(), dtype=np.int64) for part in pair) for pair in stored["pairs"]]
+            problem = self._problem(run, self._batches(pairs), torch.tensor(stored["logps"], dtype=torch.float64))
+            if problem is None:
+                return
+            problem = f"it is not the one this run began with, its log-probs differ {problem}"
+        if folder.checkpoint is not None:
+            accept(run, folder, "the reference is another", f"reference: {problem}", "with what it is now")
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        pairs = [_pair(np.asarray(data.dataset[row][name]) for name in names) for row in probe_rows(len(data))]
+        texts = [[" ".join(map(str, part)) for part in pair] for pair in pairs]  # of JSON's lists each id is a line
+        progress.reference = {"pairs": texts, "logps": self._score_each(self._batches(pairs)).tolist()}
+
+    def _batches(self, pairs: Sequence[Pair]) -> list[Batch]:
+        """Each pair in a micro-batch of its own."""
+        return [pack_pairs([pair], [0], self.config.reference.share_prompt) for pair in pairs]
+
+    def _problem(self, run: Run, batches: Sequence[Batch], expected: Tensor) -> str | None:
+        """How the log-probabilities of pairs differ from [len(batches), 2], if by more than the tolerance."""
+        found = self._score_each(batches)
+        tokens = sum(len(batch.targets) for batch in batches)
+        difference = found.double() - expected.double().cpu()
+        absolute, signed = float(difference.abs().sum()) / tokens, float(difference.sum()) / tokens
+        return run.from_main(lambda: _beyond_tolerance(absolute, signed, self.config.model.dtype))
+
+    def _score_each(self, batches: Sequence[Batch]) -> Tensor:
+        """Log-probabilities [len(batches), 2] of batches of one pair."""
+        return torch.cat([self._score(batch) for batch in batches]).cpu()
 
     def _score_all(self, run: Run, collate: Collate, lengths: IntArray) -> Tensor:
         """Log-probabilities [R, 2] of every row; the ranks' shares are joined by row."""
@@ -165,6 +193,11 @@ class Reference:
         """Hash of every frozen weight of the reference, of which a sharded model has one whole at a time."""
         named = sorted(_frozen_tensors(self.model.lm).items())
         return config_hash([tensor_digest({name: run.gather_shards(tensor)}) for name, tensor in named])
+
+
+def _pair(parts: Iterable[IntArray]) -> Pair:
+    prompt, chosen, rejected = parts
+    return prompt, chosen, rejected
 
 
 def _frozen_tensors(lm: nn.Module) -> dict[str, Tensor]:
@@ -253,7 +286,7 @@ def _write_table(cache: Path, table: Tensor, parts: dict[str, str | None]) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Proofs: policy = reference at step 0, and the same reference after a resume
+# Proof that policy = reference at step 0
 
 
 def _beyond_tolerance(absolute: float, signed: float, dtype: str) -> str | None:
@@ -335,31 +368,3 @@ def _cause(run: Run, policy: PackedLM, reference: Reference, ref_logps: RefLogps
 
 def _template(config: DPOConfig) -> str:
     return str(load_tokenizer(config.model).chat_template)
-
-
-def prove_reference(run: Run, reference: Reference, collate: Collate, num_rows: int, folder: RunFolder) -> None:
-    """Write the reference's log-probs of a few rows when a run begins; compare with them when it goes on.
-
-    Raises ValueError when the reference is no longer what it was: its files were replaced, or read otherwise.
-    """
-    rows = probe_rows(num_rows)
-    logps = reference._score_rows(rows, collate)
-    if folder.checkpoint is None:
-        if run.is_main:
-            write_json_atomic(folder.path / PROBE, {"rows": rows, "logps": logps.tolist()})
-        return
-    path = folder.checkpoint.parent.parent / PROBE
-    stored = run.from_main(lambda: json.loads(path.read_text()) if path.exists() else None)
-    if stored is None or stored["rows"] != rows:
-        raise ValueError(
-            f"{path}: holds no log-probs of this data's rows {rows}, so the reference cannot be proved to be the same; "
-            "start a new run"
-        )
-    problem = run.from_main(lambda: reference._problem(torch.tensor(stored["logps"]), logps, rows, collate))
-    if problem is not None:
-        raise ValueError(
-            f"reference: it is not the one this run began with, its log-probs differ {problem}; put back the model and "
-            f"adapter that {folder.path / 'config.yaml'} names, or start a new run"
-        )
-    if run.is_main and path.parent != folder.path:
-        write_json_atomic(folder.path / PROBE, stored)

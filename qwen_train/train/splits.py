@@ -30,7 +30,7 @@ def load_split(run: Run, config: SFTConfig, name: str, tokenizer: "PreTrainedTok
             name=name,
         )
     )
-    run.require_alike(name, tokenized.fingerprint)
+    run.require_alike(name, tokenized.report.content)
     run.note(f"{name}: {tokenized.report.summary()}", *_trained_on(config, name, tokenized))
     if warning := tokenized.report.warning:
         run.note(f"warning: {name}: {warning}")

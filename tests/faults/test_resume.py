@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import SFTConfig, load_config
 from qwen_train.train import saver
 from tests.faults.runs import STEPS, STOP_AFTER, Kind, Runs, digest, make_runs, same_end
-from tests.scripts import Result, ScriptRunner, read_metrics, terminate_when
+from tests.scripts import TINY, Result, ScriptRunner, read_metrics, terminate_when
 
 pytestmark = pytest.mark.launch
 
@@ -111,17 +113,57 @@ def test_a_checkpoint_by_name_under_another_config(runs: Runs, whole: Path):
     assert [line for line in result.lines if line.startswith("held-out loss: ") and " -> " in line]
 
 
-@pytest.mark.slow
-def test_other_data_go_on_only_if_they_are_told_to(runs: Runs):
-    rows = runs.folder / "mine.jsonl"
-    rows.write_text((runs.folder / "sft_train.jsonl").read_text())
-    stopped(runs, "data", f"--data.train={rows}")
-    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
-    line = error(runs.run("data", f"--data.train={rows}"))
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_other_data_go_on_only_if_they_are_told_to(kind: Kind, tmp_path: Path, cache_dir: Path, scripts: ScriptRunner):
+    """It is on the console, in config.yaml and in state.json; the same rows in another file are no change."""
+    runs = make_runs(kind, tmp_path, cache_dir, scripts)
+    rows, moved = tmp_path / f"{kind}_train.jsonl", tmp_path / "moved.jsonl"
+    stopped(runs, "data")
+    first = runs.steps("data")[-1]
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:0:-1]))
+    line = error(runs.run("data"))
     assert "the data are no longer those of the run" in line and "run.accept_changes" in line
-    result = runs.run("data", f"--data.train={rows}", "--run.accept_changes=true")
-    assert result.code == 0 and "the data are no longer those of the run" in result.output, result.output
-    assert runs.run("data", f"--data.train={rows}").code == 0
+    again = stopped(runs, "data", "--run.accept_changes=true", steps=2)
+    assert "the data are no longer those of the run" in again.output
+
+    rows.rename(moved)
+    result = runs.run("data", f"--data.train={moved}")
+    assert result.code == 0 and f"data.train: {rows} -> {moved}" in result.lines, result.output
+    note = f"changed after step-{first:06d}: the data are others"
+    assert (tmp_path / "data/config.yaml").read_text().splitlines()[-1] == f"# {note}"
+    state = json.loads((tmp_path / f"data/checkpoints/step-{STEPS:06d}/state.json").read_text())
+    assert state["history"] == [note] and len(state["data"]) == 64
+    copied = tmp_path / "elsewhere/step-000012"  # a checkpoint is all that it takes
+    shutil.copytree(tmp_path / f"data/checkpoints/step-{STEPS:06d}", copied)
+    result = runs.run("copied", f"--data.train={moved}", f"--run.resume={copied}")
+    assert result.code == 0 and runs.status("copied")["outcome"] == "finished", result.output
+
+
+def test_another_start_goes_on_only_if_it_is_told_to(runs: Runs, whole: Path):
+    """The weights of the base, or of the adapter that is merged into it, are replaced between stop and start."""
+    base, adapter = runs.folder / "base", runs.folder / "adapter"
+    shutil.copytree(whole / "base", base)
+    shutil.copytree(whole / "adapter", adapter)
+    words = ("--model.from_scratch=false", f"--model.path={base}", f"--model.adapter={adapter}")
+    stopped(runs, "started", *words)
+    first = runs.steps("started")[-1]
+    moved = runs.folder / "moved"
+    base.rename(moved)
+    words = (words[0], f"--model.path={moved}", words[2])
+    notes = []
+    for name, file in (("adapter", adapter / "adapter_model.safetensors"), ("path", moved / "model.safetensors")):
+        tensors = {name: -tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        if name == "path":  # it is also what the adapter was trained on, and base.json would say so first
+            (adapter / "base.json").unlink()
+        line = error(runs.run("started", *words))
+        assert f"model.{name} is not what the run began with" in line and "run.accept_changes" in line
+        notes.append(f"changed after step-{first:06d}: the weights of model.{name} are others")
+    result = runs.run("started", *words, "--run.accept_changes=true")
+    assert result.code == 0, result.output
+    state = json.loads((runs.folder / f"started/checkpoints/step-{STEPS:06d}/state.json").read_text())
+    assert sorted(state["history"]) == sorted(notes)
 
 
 def test_a_command_that_names_a_checkpoint_may_be_run_again(runs: Runs, whole: Path):
@@ -310,6 +352,35 @@ def test_space_is_that_of_the_checkpoints_to_come(
     saver.require_room(tmp_path, model, config, steps_left)
     weights = 4 * (1000 * 100 + 50)
     assert asked == [checkpoints * 3 * weights + weights]  # fp32 weights and two moments; an adapter
+
+
+@pytest.mark.parametrize(
+    ("words", "of_start", "adapters", "models"),
+    [
+        ((), {}, 3, 0),  # this run's part, and an adapter of the sum of both ranks
+        (("--model.adapter_start=continue",), {}, 1, 0),
+        (("--lora.use_dora=true",), {}, 1, 1),
+        ((), {"use_dora": True}, 1, 1),
+        ((), {"modules_to_save": ["norm"]}, 1, 1),
+    ],
+)
+def test_space_is_that_of_the_result(tmp_path: Path, monkeypatch, words, of_start, adapters: int, models: int):
+    """A merged model, which DoRA and saved modules end in, would otherwise fill the disk at the very end."""
+    parameters = {"a": torch.zeros(1000, 100)}
+    monkeypatch.setattr(saver, "trainable_parameters", lambda model: parameters)
+    asked: list[int] = []
+    monkeypatch.setattr(saver, "require_free_space", lambda folder, needed: asked.append(needed))
+    settings: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | of_start))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    words = (f"--model.adapter={tmp_path}", "--run.save_every=0", "--data.train=x", *words)
+    config, _ = load_config(SFTConfig, list(words), embedded=False)
+    shape = AutoConfig.from_pretrained(TINY / "model")
+    model: Any = SimpleNamespace(causal_lm=SimpleNamespace(config=shape))
+    saver.require_room(tmp_path / "checkpoints", model, config, 1)
+    merged = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
+    expected = 3 * 400_000 + adapters * 400_000 + models * merged * 2  # bfloat16
+    assert asked == [expected] if models == 0 else asked == [pytest.approx(expected, rel=0.01)]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
