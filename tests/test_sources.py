@@ -249,6 +249,14 @@ def test_a_replaced_parquet_file_is_read_anew(tmp_path: Path) -> None:
         assert answers_of(file) == [text] and answers_of(tmp_path) == [text]
 
 
+def test_an_empty_part_is_no_broken_file(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{"messages": [U, A]}] * 2500)
+    table.to_parquet(str(tmp_path / "b.parquet"))
+    for name in ("a", "c"):
+        table.select([]).to_parquet(str(tmp_path / f"{name}.parquet"))
+    assert len(answers_of(tmp_path)) == 2500 and answers_of(tmp_path / "c.parquet") == []
+
+
 def test_a_parquet_files_name_is_no_pattern(tmp_path: Path) -> None:
     odd = parquet(tmp_path / "a[1].parquet", "odd")
     plain = parquet(tmp_path / "a1.parquet", "plain")

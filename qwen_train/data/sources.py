@@ -38,7 +38,7 @@ HUB_FILE = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
 MANY_ROWS = 10_000
 """Rows that are announced where no progress bar shows that they take some seconds."""
 PARQUET_ROWS = 1000
-"""Rows of a Parquet file that are turned into Python objects at a time."""
+"""Rows of a Parquet file in memory at a time; datasets' own number is that of its first group, none in an empty one."""
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,8 @@ def _read_parquet(path: str) -> Iterator[dict[str, Any]]:
     files = source_files(path)
     try:
         # its paths are patterns: a[1].parquet would be a1.parquet
-        rows = datasets.IterableDataset.from_parquet([glob.escape(str(file)) for file in files])
+        paths: Any = [glob.escape(str(file)) for file in files]
+        rows = datasets.IterableDataset.from_parquet(paths, batch_size=PARQUET_ROWS)
         for batch in rows.iter(PARQUET_ROWS):
             yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     except Exception as error:  # pyarrow and datasets raise a dozen types for an unreadable file
