@@ -40,7 +40,7 @@ from qwen_train.data.tokenize import tokenize
 from qwen_train.loss.preference import LOSSES, LossConfig, Pairs, preference_loss
 from qwen_train.model import compile, load, logprobs
 from qwen_train.model.load import load_model, load_tokenizer
-from qwen_train.model.memory import resolve_auto
+from qwen_train.model.memory import with_candidate
 from qwen_train.model.packed import trainable_parameters
 from qwen_train.train.distributed import Run
 from qwen_train.train.guard import judge
@@ -567,7 +567,7 @@ def tokens(world: World, *arguments: str) -> Any:
 
 def model(world: World, *arguments: str) -> Any:
     """Trained weights, the base's, log-probs of a batch; how often the head, a recomputation, a compilation came."""
-    config = resolve_auto(world.config(SFTConfig, *arguments), 300)
+    config = with_candidate(world.config(SFTConfig, *arguments), recomputed=0, tokens=4096)
     data = tokenize(
         "sft",
         str(world.folder / "rows.jsonl"),

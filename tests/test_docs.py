@@ -324,7 +324,7 @@ def emitted_metrics() -> set[str]:
     two_pairs = [2.0, *[1.0] * 3, 2.0, *[1.0] * 9, 0.5, 3.0, 3.0, 0.1]  # unequal margins and lengths: a correlation
     for prefix in ("train", "eval"):
         names |= preference_metrics(prefix, two_pairs).keys()
-    names |= Throughput(torch.device("cpu"), lambda length: 1.0, unit="pairs").read().keys()
+    names |= Throughput(torch.device("cpu"), lambda length: 1.0, 1, unit="pairs").read().keys()
     of_sft = {name for name in literal_metrics(ROOT / "qwen_train/train/evaluate.py") if name.count("/") == 1}
     return names | under("eval/sft", dict.fromkeys(of_sft, 0.0)).keys() | {"eval/samples"}
 

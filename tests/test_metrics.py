@@ -331,7 +331,7 @@ def test_throughput_counts_training_time_only(clock):
 
 
 def test_an_empty_window_is_zero_and_no_crash(clock):
-    values = Throughput(torch.device("cpu"), lambda length: 1.0).read()
+    values = Throughput(torch.device("cpu"), lambda length: 1.0, 1).read()
     assert values["perf/tokens_per_second"] == 0.0 and values["perf/data_wait_fraction"] == 0.0
     assert "perf/pairs_per_second" not in values
 

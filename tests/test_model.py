@@ -22,7 +22,7 @@ from qwen_train.config import SFTConfig, load_config
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
 from qwen_train.model import load
 from qwen_train.model.load import load_model, load_tokenizer, special_tokens
-from qwen_train.model.memory import estimate_memory, resolve_auto
+from qwen_train.model.memory import estimate_memory, with_candidate
 from qwen_train.model.packed import PackedLM, num_adapter_parameters, trainable_parameters
 from qwen_train.output.merge import load_plainly
 from qwen_train.train.distributed import Run
@@ -89,7 +89,7 @@ class World:
         return load_config(SFTConfig, [*argv, *(f"--{word}" for word in words)])[0]
 
     def load(self, *arguments: str, device: str = "cpu") -> PackedLM:
-        config = resolve_auto(self.config(*arguments), 128)
+        config = with_candidate(self.config(*arguments), recomputed=0, tokens=4096)
         return load_model(config, load_tokenizer(config.model), torch.device(device), self.folder / "none", False)
 
     def train(self, *arguments: str) -> Trained:
@@ -648,7 +648,9 @@ def test_a_continued_adapter_keeps_its_rank(world: World, start: Trained, on_sta
     settle = sft.settle
 
     def settling(run: Run, given: Any, config: Any, model: PackedLM, optimizer: Any, longest: int, shape: Any) -> Any:
-        coming.append((estimate_memory(given, shape, 100, 0).optimizer, 8 * (num_adapter_parameters(model) or 0)))
+        coming.append(
+            (estimate_memory(given, shape, 100, 0, shards=1).optimizer, 8 * (num_adapter_parameters(model) or 0))
+        )
         return settle(run, given, config, model, optimizer, longest, shape)
 
     monkeypatch.setattr(sft, "settle", settling)

@@ -162,7 +162,7 @@ class Shape:
         return rank * sum(sizes[name] for i in layers for name in sizes if is_meant(f"model.layers.{i}.{name}"))
 
 
-def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recomputed: int, shards: int = 1) -> Estimate:
+def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recomputed: int, shards: int) -> Estimate:
     """Peak of a step with micro-batches of `tokens` tokens and `recomputed` of the layers recomputed in backward.
 
     `shards`: GPUs over which FSDP2 spreads the weights (HSDP: those of one replica); 1: each GPU holds them all.
@@ -321,13 +321,7 @@ def has_auto(config: SFTConfig) -> bool:
     return "auto" in (config.model.checkpoint_layers, config.batch.tokens_per_microbatch)
 
 
-def resolve_auto(
-    config: Config,
-    longest: int,
-    model_config: Any = None,
-    free_bytes: int | None = None,
-    shards: int = 1,
-) -> Config:
+def resolve_auto(config: Config, longest: int, model_config: Any, free_bytes: int | None, shards: int) -> Config:
     """The config with `checkpoint_layers` and `tokens_per_microbatch` written out as numbers.
 
     On the CPU (no `free_bytes`): no recomputation, and a budget that holds the longest row. On a GPU, with the least

@@ -46,7 +46,6 @@ def write_adapter(
     tokenizer: PreTrainedTokenizerBase,
     base_name: str,
     *,
-    adapter_name: str = "default",
     card: str | None = None,
 ) -> None:
     """Write a PEFT adapter folder: adapter_model.safetensors, adapter_config.json, tokenizer, template, card.
@@ -55,8 +54,8 @@ def write_adapter(
     None takes those of `peft_model`. Raises RuntimeError where they are not exactly the adapter's. `base_name`, a
     hub id or a folder, becomes base_model_name_or_path.
     """
-    tensors = _adapter_tensors(peft_model, state_dict, adapter_name)
-    config: Any = copy.deepcopy(peft_model.peft_config[adapter_name])
+    tensors = _adapter_tensors(peft_model, state_dict)
+    config: Any = copy.deepcopy(peft_model.peft_config["default"])
     # A relative folder would be found from this working directory alone.
     config.base_model_name_or_path = str(Path(base_name).absolute()) if Path(base_name).is_dir() else base_name
     config.inference_mode = True
@@ -131,19 +130,17 @@ def _ending(ids: int | list[int] | None, tokenizer: PreTrainedTokenizerBase, mod
     return [end, *before] if before else end
 
 
-def _adapter_tensors(
-    model: PeftModel, state_dict: Mapping[str, Tensor] | None, adapter_name: str
-) -> Mapping[str, Tensor]:
+def _adapter_tensors(model: PeftModel, state_dict: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
     # save_embedding_layers=False: its "auto" asks the hub for the base's config and could write whole embeddings.
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if state_dict is None:
         return expected
     given = state_dict
     if given.keys() != expected.keys():
         # PEFT drops what does not bear the adapter's name: "q_proj.lora_A.weight" -> "q_proj.lora_A.default.weight".
-        full_names = {name.replace(f".{adapter_name}.", "."): name for name in model.state_dict()}
+        full_names = {name.replace(".default.", "."): name for name in model.state_dict()}
         named = {full_names.get(name, name): tensor for name, tensor in state_dict.items()}
-        given = get_peft_model_state_dict(model, named, adapter_name, save_embedding_layers=False)
+        given = get_peft_model_state_dict(model, named, save_embedding_layers=False)
         given |= {name: tensor for name, tensor in named.items() if name not in model.state_dict()}  # to be refused
     _require_same_names("adapter", given, expected)
     return given

@@ -306,7 +306,7 @@ class Throughput:
         self,
         device: torch.device,
         flops_per_token: Callable[[float], float],
-        world_size: int = 1,
+        world_size: int,
         unit: str | None = None,
     ) -> None:
         self.device, self.flops_per_token, self.world_size, self.unit = device, flops_per_token, world_size, unit

@@ -93,10 +93,9 @@ class WithMasters(Optimizer):
         groups: ParamGroups,
         lr: float,
         betas: tuple[float, float],
-        eps: float = 1e-8,
         chunk_elements: int = 2**26,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
         self.chunk_elements = chunk_elements
 
     def _state(self, param: Tensor) -> dict[str, Any]:
@@ -192,12 +191,11 @@ class MasterWeights8bit(WithMasters):
         groups: ParamGroups,
         lr: float,
         betas: tuple[float, float],
-        eps: float = 1e-8,
         chunk_elements: int = 2**26,
     ) -> None:
         import bitsandbytes.functional  # costs seconds, and only this optimizer needs it
 
-        super().__init__(groups, lr, betas, eps, chunk_elements)
+        super().__init__(groups, lr, betas, chunk_elements)
         assert chunk_elements % BLOCK_8BIT == 0, "a scale belongs to one chunk"
         self._kernels = bitsandbytes.functional
         self._tables = [self._kernels.create_dynamic_map(signed) for signed in (True, False)]

@@ -188,7 +188,7 @@ class Peers:
                         line.send({"gone": rank, "reason": reason})
         self._gone.set()
 
-    def gone(self, seconds: float = 0.0) -> Departure | None:
+    def gone(self, seconds: float) -> Departure | None:
         """The first process that has gone before its time, if one has or does within `seconds`."""
         self._gone.wait(seconds)
         return self.departure

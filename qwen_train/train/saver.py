@@ -197,7 +197,7 @@ def _write_files(folder: Path, shard: Shard) -> tuple[dict[str, FileEntry], OSEr
     return entries, None
 
 
-def _fits(tensors: Tensors, held: Tensors, num_processes: int = 1) -> bool:
+def _fits(tensors: Tensors, held: Tensors, num_processes: int) -> bool:
     """Whether copies, into the buffers of `held` where there are some, leave enough memory to all who make them."""
     return num_processes * (_buffer_bytes(tensors) - _buffer_bytes(held)) <= FREE_SHARE * available_memory()
 

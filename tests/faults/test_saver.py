@@ -78,7 +78,7 @@ def test_memory_is_that_of_the_container_of_all_who_save_and_of_buffers_there_ar
     free = int(2.1 * needed)
     monkeypatch.setattr(saver, "CGROUP", tmp_path)
     monkeypatch.setattr(saver.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    assert saver._fits(tensors(), {}) and not saver._fits(tensors(), {}, num_processes=2)
+    assert saver._fits(tensors(), {}, 1) and not saver._fits(tensors(), {}, 2)
     with Saver(tmp_path / "checkpoints", keep=1) as saving:
         for step in (1, 2):  # the second time the buffers are what is missing
             saving.save(step, tensors(), STATE)
@@ -96,7 +96,7 @@ def test_memory_is_that_of_the_container_of_all_who_save_and_of_buffers_there_ar
     ):
         (tmp_path / "memory.max").write_text(f"{most}\n")
         (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
-        assert saver._fits(tensors(), {}) == fits, (most, cached)
+        assert saver._fits(tensors(), {}, 1) == fits, (most, cached)
 
 
 def test_what_is_written_is_what_was_there_when_the_save_began(tmp_path, slow_disk, monkeypatch):
