@@ -18,6 +18,7 @@ from qwen_train.train import files, folder
 from qwen_train.train.checkpoint import save_checkpoint
 from qwen_train.train.folder import free_name, open_run
 from qwen_train.train.metrics import write_status
+from qwen_train.train.progress import save_asked
 from qwen_train.train.script import _refuse
 from tests.faulty_disk import FaultyDisk, in_child
 
@@ -165,7 +166,20 @@ def test_the_result_of_a_finished_run_that_is_gone_is_written_again(tmp_path: Pa
     again = open_run(config(tmp_path))
     assert not again.finished and again.checkpoint == checkpoint
     assert f"{path / 'adapter'} is gone: it is written again" in again.notes
+    (checkpoint / "optimizer.pt").touch()
+    assert f"{checkpoint}: not of this checkpoint and left closed: optimizer.pt" in open_run(config(tmp_path)).notes
     write_status(path, "finished", step=5, result="/where/it/was/adapter")
     files.delete_folder(checkpoint)
     with pytest.raises(ValueError, match=r"the run is finished, and .*/adapter and its checkpoints are gone; to train"):
         open_run(config(tmp_path))
+
+
+def test_a_folder_called_save_asks_for_nothing(tmp_path: Path):
+    run: Any = SimpleNamespace(is_main=True, maximum=float)
+    opened = open_run(config(tmp_path))
+    request = opened.path / "save"
+    request.mkdir()
+    assert not save_asked(run, opened) and request.is_dir()
+    request.rmdir()
+    request.touch()
+    assert save_asked(run, opened) and not request.exists()

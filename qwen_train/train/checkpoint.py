@@ -131,7 +131,7 @@ def _rotate(newest: Path, keep: int) -> None:
     """Delete checkpoints of the run that just saved `newest`: all but the newest `keep`, and those of later steps.
 
     Later steps exist only if the run was resumed from an earlier checkpoint: they belong to a course that was left, as
-    do those that `set_aside` has renamed. Folders of another run and folders without a readable manifest are not touched.
+    do those that `set_aside` has renamed. Folders of another run and those without a readable manifest are not touched.
     """
     manifest = _read_manifest(newest)
     kept = 0

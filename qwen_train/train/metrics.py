@@ -28,6 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qwen_train.model.compile import compiled_graphs
 from qwen_train.model.memory import Shape
+from qwen_train.train.checkpoint import set_aside
 from qwen_train.train.files import write_bytes_atomic, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ class Metrics:
 
     `resume_step`: the step of the checkpoint that the run goes on from, None for a fresh start. Lines of metrics.jsonl
     beyond it (all of them on a fresh start) are removed, and TensorBoard drops its events beyond it, so that no step is
-    there twice. `total_steps`: the last step, for the bar and the ETA. `console`: where to print, for tests.
+    there twice; checkpoints beyond it are set aside before. `total_steps`: the last step, for the bar and the ETA.
+    `console`: where to print, for tests.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Metrics:
         if not is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        aside = [] if resume_step is None else set_aside(folder / "checkpoints", resume_step)
         self.path = folder / "metrics.jsonl"
         last = cut_lines(self.path, resume_step)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
@@ -129,6 +132,8 @@ class Metrics:
             )
             self.progress.start()
             self.bar = self.progress.add_task("", total=total_steps, completed=resume_step or 0, eta="-")
+        if aside:
+            self.note(f"later checkpoints are {', '.join(path.name for path in reversed(aside))} until the next save")
 
     def __enter__(self) -> "Metrics":
         return self

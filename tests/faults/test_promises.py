@@ -74,6 +74,7 @@ COUNTS: dict[str, Callable[[str, Path], int]] = {
     ),
     "test_small_files_are_old_or_new_whatever_happens": lambda _, __: 2 * 5,  # killed and refused at 5 operations
     "test_a_start_that_was_killed_anywhere_is_made_up_for": lambda _, __: 1 + 3 * 5,  # the folder, three small files
+    "test_a_run_that_goes_back_leaves_no_hole_in_its_log": lambda _, __: 2 * 3 + 5,  # two renamed, the log cut
     "test_damage_to_any_rank_s_file_is_found_and_fallen_back_from": lambda named, _: 6 * len(parameters(named)[0]),
     "test_spoilt_rows_are_refused_or_rightly_masked": lambda named, _: examples(named),
     "test_spoilt_configs_load_or_are_refused": lambda named, _: examples(named),
