@@ -593,7 +593,7 @@ def test_no_space_for_a_checkpoint(tiny: Tiny, whole: Path):
 
 
 def test_no_space_for_the_adapter_nor_for_a_word_about_it(tiny: Tiny, whole: Path):
-    full = FULL_DISK.format(condition="'/adapter.tmp' in file.name or ('status' in file.name and len(self.names) > 9)")
+    full = FULL_DISK.format(condition="'/adapter.tmp' in file.name or ('status' in file.name and len(self.names) > 20)")
     result = tiny.run("no-adapter", prelude=full)
     refused(result, "No space left on device", "status.json: not written", lines=2)
     assert not (tiny.folder / "no-adapter/adapter").exists()
