@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from qwen_train.config import load_for_tool, print_errors, print_warnings, tool_parser
+from qwen_train.command_line import load_for_tool, print_errors, print_warnings, tool_parser
 from qwen_train.data.chat import ChatOptions, Template
 from qwen_train.data.check import dump_row, examine
 from qwen_train.data.sources import Source, data_splits, find_sources

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from qwen_train.config import print_errors, refuse_options
+from qwen_train.command_line import print_errors, refuse_options
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qwen_train.config import SFTConfig, load_for_tool, print_errors, print_warnings, refuse_alike, tool_parser
+from qwen_train.command_line import load_for_tool, print_errors, print_warnings, refuse_alike, tool_parser
+from qwen_train.config import SFTConfig
 from qwen_train.model.memory import CARDS, GIB, DoesNotFitError
 from qwen_train.output.console import stdout_console
 from qwen_train.train.signals import Interrupted

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: `accelerate launch launch/sft.py [--config FILE.yaml] [--section.field value ...]`."""
 
-from qwen_train.config import SFTConfig, from_command_line
+from qwen_train.command_line import from_command_line
+from qwen_train.config import SFTConfig
 
 if __name__ == "__main__":
     config, warnings = from_command_line(SFTConfig)  # first: --help and mistakes need not wait for transformers

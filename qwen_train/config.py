@@ -1,29 +1,21 @@
-"""Typed config: frozen dataclasses, read by jsonargparse from a YAML file and dotted overrides on the command line.
+"""Typed config: frozen dataclasses, made by command_line.py of YAML files and dotted overrides.
 
 The attribute docstrings are the `--help`. The defaults are those of a 7B LoRA run; `configs/tiny/` is what runs when
 the command line names no config. What can be known to be wrong before a model loads is refused here, in one line that
 names the field, what was got and the remedy.
 """
 
-import argparse
 import dataclasses
-import difflib
-import hashlib
-import itertools
 import json
 import math
 import os
 import re
-import sys
-import time
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
-import jsonargparse
 import yaml
 
 from qwen_train.loss.preference import LOSSES, LossConfig
@@ -34,13 +26,8 @@ Kind = Literal["sft", "dpo"]
 ReferenceSource = Literal["adapter_off", "start_adapter", "model"]
 HEADS = ("lm_head", "embed_tokens")
 """Last names of the modules beside the decoder layers, on which no adapter is trained."""
-OWN_DATA = {"data.train", "data.eval", "data.eval_sft"}
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
 MAX_STEPS = 10**9  # of a run: three years at 10 a second; dates and clocks end a few powers of ten above
-MAX_DEPTH = 20  # levels of a YAML file: sections, fields, a list, {path: weight}, and room
-MAX_MESSAGE = 1000  # characters of a line about a mistake
-TIMED_NAME = re.compile(r".+-\d{8}-\d{6}(-\d+)?")  # a run.name that was made up from the time
-MADE_UP: set[str] = set()  # those of this process: a new run's, whatever folder has the name by now
 
 
 def _refuse(problems: Sequence[str | None]) -> None:
@@ -498,458 +485,20 @@ def reference_source(config: SFTConfig) -> ReferenceSource | None:
 
 
 Config = TypeVar("Config", bound=SFTConfig)
-EMBEDDED = {SFTConfig: REPOSITORY / "configs/tiny/sft.yaml", DPOConfig: REPOSITORY / "configs/tiny/dpo.yaml"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A field without effect: an error on the command line, a warning in a file.
-
-
-def _idle_fields(config: SFTConfig) -> dict[str, str]:
-    """Fields that the other values leave without effect -> why."""
-    idle: dict[str, str] = {}
-    of_adapter = [f"lora.{f.name}" for f in dataclasses.fields(LoraConfig) if f.name != "enabled"]
-    if not config.lora.enabled:
-        idle |= dict.fromkeys(of_adapter, "lora.enabled is false")
-    elif config.model.continues:
-        idle |= dict.fromkeys(of_adapter, "adapter_start continue keeps the adapter's own")
-    if config.model.adapter is None:
-        idle["model.adapter_start"] = "model.adapter names no adapter"
-    if Path(config.model.path).is_dir():
-        idle["model.revision"] = "model.path is a folder"
-    if config.optim.schedule == "constant":
-        idle["optim.min_lr_ratio"] = "optim.schedule is constant"
-    if not config.data.eval:
-        idle |= dict.fromkeys([f"run.{name}" for name in EVAL_FIELDS], "data.eval names no held-out data")
-    elif config.run.eval_samples == 0:
-        idle["run.eval_sample_tokens"] = "run.eval_samples is 0"
-    if not config.data.eval or not isinstance(config, DPOConfig):
-        idle["data.eval_sft"] = "it goes with DPO's data.eval"
-    if isinstance(config, DPOConfig):
-        idle |= {f"loss.{name}": f"loss {config.loss.name} does not use it" for name in config.loss.unused}
-        idle["data.supervise"] = "DPO scores the answers"
-        source = reference_source(config)
-        if source is None:
-            names = ["source", "path", "precompute"]
-            idle |= dict.fromkeys([f"reference.{name}" for name in names], f"loss {config.loss.name} has no reference")
-        elif source != "model":
-            idle["reference.path"] = f"reference.source is {source}"
-    return idle
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parsing
-
-
-def build_parser(config_class: type[Config]) -> jsonargparse.ArgumentParser:
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=config_class.__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win.")
-    parser.add_class_arguments(config_class)
-    for action in parser._actions:
-        if action.dest in _sections(config_class):
-            action.help = argparse.SUPPRESS  # a file for one section: `load_config` knows whole files only
-    return parser
-
-
-def from_command_line(config_class: type[Config]) -> tuple[Config, list[str]]:
-    """`load_config` of this process's command line; mistakes are printed and end the process with code 2."""
-    try:
-        return load_config(config_class, sys.argv[1:])
-    except ValueError as error:
-        refuse_alike(str(error))
-
-
-def refuse_alike(message: str, code: int = 2) -> NoReturn:
-    """End with `code` for what every process finds wrong; the first of each machine says so."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print_errors(message)
-    sys.exit(code)
-
-
-def print_warnings(warnings: Sequence[str]) -> None:
-    """Of the config, by the first process of all: they have the same one, or are refused."""
-    if os.environ.get("RANK", "0") == "0":
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-
-
-def print_errors(message: str) -> None:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool = True) -> tuple[Config, list[str]]:
-    """Config of a command line, and warnings about it; `run.name` is always filled in.
-
-    With no `--config` in argv the embedded tiny YAML is put first (unless `embedded` is false). `--help` and
-    `--print_config` print and exit. Raises ValueError with one line a problem.
-    """
-    try:
-        return _load_config(config_class, list(argv), embedded)
-    except ValueError as error:  # any value may be part of it
-        lines = str(error).encode(errors="backslashreplace").decode().split("\n")
-        raise ValueError("\n".join(_shortened(line) for line in lines)) from None
-    except OSError as error:  # of a text that is asked whether it names a folder
-        raise ValueError(_shortened(f"{error.filename!r}: {error.strerror}; give a path that can exist")) from None
-    except RecursionError:
-        raise ValueError("command line: a value is nested too deeply; fields hold texts, numbers and lists") from None
-
-
-def _shortened(line: str) -> str:
-    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
-
-
-def _load_config(config_class: type[Config], argv: list[str], embedded: bool) -> tuple[Config, list[str]]:
-    named, argv = _config_apart(argv)
-    by_default = not named and embedded
-    files = [EMBEDDED[config_class]] if by_default else [Path(path) for path in named]
-    in_files = set().union(*(_file_keys(path, config_class) for path in files)) if files else set()
-    options = [word.split("=")[0].removesuffix("+")[2:] for word in argv if word.startswith("--")]
-    on_command_line = {option for option in options if "." in option}
-    for section in _sections(config_class).keys() & set(options):
-        raise ValueError(f"{section}: is a section; give its fields, as --{section}.field value, or a file as --config")
-    config = _parsed(config_class, files, _one_length(argv, in_files, on_command_line))
-    notices: list[str] = []
-    if files and files[0] == EMBEDDED[config_class]:
-        config = _from_repository(config)
-        if files == [EMBEDDED[config_class]]:
-            config, notices = _without_tiny_eval(config, on_command_line)
-        if by_default and config_class is DPOConfig and "model.adapter" not in on_command_line:
-            config, more = _from_tiny_sft(config)
-            notices += more
-        if by_default and on_command_line & OWN_DATA:
-            notices.insert(0, _of_the_demo(config, on_command_line))
-    if config.run.name is None:
-        stem = files[-1].stem if files else config_class.__name__.removesuffix("Config").lower()
-        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        MADE_UP.add(name)
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-    return config, notices + _judge_idle(config, on_command_line, in_files)
-
-
-def _parsed(config_class: type[Config], files: Sequence[Path], argv: Sequence[str]) -> Config:
-    """What jsonargparse makes of files and, over them, a command line. Raises ValueError in one line."""
-    parser = build_parser(config_class)
-    try:
-        # It reads from left to right, and a file overrides what stands before it.
-        namespace = parser.parse_args([*(f"--config={path}" for path in files), *argv])
-        fields = parser.instantiate(namespace).as_dict()
-    except (argparse.ArgumentError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(_one_line(str(error), config_class)) from None
-    except OverflowError:  # an integer that no float can hold
-        texts = [*argv, *(path.read_text() for path in files)]
-        names = (match[1] for text in texts for match in re.finditer(r"([\w.]+)(?:=|: *)-?\d{300,}", text))
-        raise ValueError(f"{next(names, 'a number')}: is beyond 1e308; give a smaller number") from None
-    fields.pop("config", None)
-    return config_class(**fields)
-
-
-def _judge_idle(config: SFTConfig, on_command_line: set[str], in_files: set[str]) -> list[str]:
-    """Refuse (ValueError) what the command line sets without effect; warnings, one a reason, of what a file does."""
-    idle, given = _idle_fields(config), as_dict(config)
-    # A whole config, such as a run's own config.yaml, names every field: only what is set to something is worth a word.
-    unset = as_dict(type(config)(data=DataConfig(train=config.data.train)))
-
-    def value(values: dict[str, dict[str, Any]], key: str) -> Any:
-        section, name = key.split(".")
-        return values[section][name]
-
-    refused = [key for key in sorted(on_command_line & idle.keys()) if value(given, key) is not None]
-    _refuse([f"{key}: has no effect, since {idle[key]}; leave it out" for key in refused])
-    warned: dict[str, list[str]] = {}
-    for key in sorted(in_files & idle.keys()):
-        if value(given, key) != value(unset, key):
-            warned.setdefault(idle[key], []).append(key)
-    return [
-        f"{', '.join(keys)}: {'has' if len(keys) == 1 else 'have'} no effect, since {reason}"
-        for reason, keys in warned.items()
-    ]
-
-
-def task_of(files: Sequence[str], argv: Sequence[str]) -> Kind:
-    """`dpo` where a config file or the command line has a section that only DPO knows."""
-    sections = {word[2:].split(".")[0] for word in argv if word.startswith("--")}
-    for file in files:
-        try:
-            sections |= _read_yaml(Path(file)).keys()
-        except ValueError:
-            return "sft"  # load_config says what is wrong with the file
-    return "dpo" if sections & {"loss", "reference"} else "sft"
-
-
-def tool_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """For a tool beside the trainings: `--config`, `--task`, options of its own; other words are the config's."""
-    made = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog="All fields of the config are options too (--section.field value), as for launch/sft.py --help.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    made.add_argument("--config", action="append", default=[], help="the training's YAML; without, the tiny default")
-    made.add_argument("--task", choices=["sft", "dpo"], help="default: dpo if the config says loss or reference")
-    return made
-
-
-def load_for_tool(options: argparse.Namespace, others: Sequence[str]) -> tuple[Kind, SFTConfig, list[str]]:
-    """The task, its config and the warnings of what `tool_parser` has parsed and left over. Raises ValueError."""
-    known = ("print_config", *_sections(DPOConfig))
-    refuse_options([word for word in others if "." not in word.split("=")[0]], options, known)
-    task = options.task or task_of(options.config, others)
-    argv = [*itertools.chain.from_iterable(("--config", path) for path in options.config), *others]
-    config, warnings = load_config(SFTConfig if task == "sft" else DPOConfig, argv)
-    return task, config, warnings
-
-
-def refuse_options(words: Sequence[str], options: argparse.Namespace, known: Sequence[str] = ()) -> None:
-    """Refuse (ValueError) options that a script has not, by the words that it left over, with the nearest it has."""
-    names = [word.split("=")[0][2:] for word in words if word.startswith("--")]
-    for name in [name for name in names if name not in known]:
-        near = difflib.get_close_matches(name, [option.replace("_", "-") for option in vars(options)], n=1)
-        raise ValueError(f"--{name}: no such option; {f'did you mean --{near[0]}?' if near else 'see --help'}")
-
-
-def _config_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of `--config` in their order, and all other words."""
-    named, others = [], []
-    words = iter(argv)
-    for word in words:
-        value = next(words, None) if word == "--config" else None
-        if value is not None:
-            named.append(value)
-        elif word.startswith("--config="):
-            named.append(word.removeprefix("--config="))
-        else:
-            others.append(word)
-    return named, others
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error; plain YAML takes the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for position, key in enumerate(keys) if key in keys[:position]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
-    """Dotted names of the fields a YAML file gives. Raises ValueError where it cannot be read or names no field."""
-    sections, names = _sections(config_class), set()
-    for section, fields in _read_yaml(path).items():
-        if config_class is SFTConfig and section in ("loss", "reference"):
-            raise ValueError(f"{section}: {path} is a config of DPO; give it to launch/dpo.py")
-        if section not in sections:
-            raise ValueError(f"{section}: no such section in {path}{_nearest(str(section), list(sections))}")
-        if not isinstance(fields, dict):
-            raise ValueError(
-                f"{section}: must hold fields, got {fields!r} in {path}; write them below it, or leave it out"
-            )
-        names |= {f"{section}.{name}" for name in fields}
-    for name in sorted(names):
-        if name not in _field_types(config_class):
-            raise ValueError(f"{name}: no such field in {path}{_nearest(name, list(_field_types(config_class)))}")
-    return names
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    """What a YAML file holds, section by section. Raises ValueError."""
-    try:
-        text = path.read_text()
-        _refuse_depth(text, path)
-        content = yaml.load(text, _UniqueKeys)
-    except FileNotFoundError:
-        raise ValueError(f"--config: {path} does not exist; the shipped ones are in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config: {path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config: {path} must hold sections such as `model:`, got {type(content).__name__}")
-    return content
-
-
-def _refuse_depth(text: str, path: Path) -> None:
-    """Refuse (ValueError) YAML that would make its readers recurse: deep nesting, aliases (a tree within itself)."""
-    depth = 0
-    for event in yaml.parse(text):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-            what = "has an alias (*name)" if depth <= MAX_DEPTH else f"is nested deeper than {MAX_DEPTH} levels"
-            raise ValueError(f"--config: {path} {what}; write sections, fields and their values")
-
-
-def _one_length(argv: list[str], in_files: set[str], on_command_line: set[str]) -> list[str]:
-    """`--run.steps` on the command line replaces a file's `run.epochs`, and the other way round; null does not."""
-    for given, other in (("run.steps", "run.epochs"), ("run.epochs", "run.steps")):
-        if given in on_command_line and other in in_files and other not in on_command_line:
-            if _last_value(argv, given).lower() in ("null", "~"):  # in YAML's words
-                return argv
-            return [*argv, f"--{other}", "null"]
-    return argv
-
-
-def _last_value(argv: Sequence[str], name: str) -> str:
-    """The word that a command line gives a field, of several the one that counts."""
-    value = ""
-    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        if word == f"--{name}":
-            value = following
-        elif word.startswith(f"--{name}="):
-            value = word.partition("=")[2]
-    return value
-
-
-def _from_repository(config: Config) -> Config:
-    """The embedded default's own paths, found wherever the command is started."""
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("configs/tiny/") and not Path(value).exists():
-            return str(REPOSITORY / value)
-        return value
-
-    model = dataclasses.replace(config.model, path=absolute(config.model.path))
-    paths = {name: absolute(getattr(config.data, name)) for name in ("train", "eval", "eval_sft")}
-    data = dataclasses.replace(config.data, **paths)
-    return dataclasses.replace(config, model=model, data=data)
-
-
-def _without_tiny_eval(config: Config, on_command_line: set[str]) -> tuple[Config, list[str]]:
-    """Own training rows are not judged by the embedded default's held-out questions: the config, and a word on it."""
-    if "data.train" not in on_command_line:
-        return config, []
-    dropped: dict[str, Any] = {name: None for name in ("eval", "eval_sft") if f"data.{name}" not in on_command_line}
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **dropped))
-    if "eval" not in dropped:
-        return config, []
-    unused = {name: getattr(RunConfig, name) for name in EVAL_FIELDS if f"run.{name}" not in on_command_line}
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, **unused))
-    notice = "data.eval: the tiny questions go with the tiny rows; without --data.eval FILE nothing is evaluated"
-    return config, [notice]
-
-
-def _of_the_demo(config: SFTConfig, on_command_line: set[str]) -> str:
-    """What to tell a person whose own rows meet the embedded default."""
-    if "model.path" in on_command_line:
-        what = "these are the demo's settings"
-    else:
-        what = f"this is the demo's tiny {'random ' * config.model.from_scratch}model"
-    task = "dpo" if isinstance(config, DPOConfig) else "sft"
-    return f"no --config: {what}; give e.g. --config configs/{task}_qwen2.5_7b_lora.yaml"
-
-
-def _from_tiny_sft(config: Config) -> tuple[Config, list[str]]:
-    """The embedded DPO default starts from the tiny SFT run of the same `run.dir`, else from the base: what it says."""
-    adapter = Path(config.run.dir) / "tiny-sft" / "adapter"
-    if adapter.is_dir():
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, adapter=str(adapter))), []
-    path = Path(config.model.path)
-    has_weights = not path.is_dir() or any(path.glob("*.safetensors"))
-    model = dataclasses.replace(config.model, adapter=None, from_scratch=not has_weights)
-    start = config.model.path if has_weights else f"random weights of {config.model.path}"
-    notice = f"model.adapter: there is no {adapter} (launch/sft.py makes it); starting from {start}"
-    return dataclasses.replace(config, model=model), [notice]
-
-
-def _sections(config_class: type[SFTConfig]) -> dict[str, Any]:
+def sections_of(config_class: type[SFTConfig]) -> dict[str, Any]:
     """Section -> its dataclass."""
     return {section.name: section.default_factory for section in dataclasses.fields(config_class)}
 
 
-def _field_types(config_class: type[SFTConfig]) -> dict[str, Any]:
+def field_types(config_class: type[SFTConfig]) -> dict[str, Any]:
     """Dotted names of all fields -> their type hints."""
     return {
         f"{section}.{name}": hint
-        for section, kind in _sections(config_class).items()
+        for section, kind in sections_of(config_class).items()
         for name, hint in typing.get_type_hints(kind).items()
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What was wrong, in one line: jsonargparse speaks of parser keys and Python classes.
-
-
-def _one_line(message: str, config_class: type[SFTConfig]) -> str:
-    message = " ".join(message.split())
-    hints = _field_types(config_class)
-    if match := re.match(r"(?:Parser key |argument -*)\"?(?P<name>[\w.]+)", message):
-        value = re.search(r"(?:Got|Given) value: ?(?P<value>.*)$", message)
-        got = repr(value["value"]) if value else "nothing"
-        if match["name"] in hints:
-            return f"{match['name']}: expected {_expected(hints[match['name']])}, got {got}"
-        return f"--{match['name']}: expected a file, got {got}; see --help"
-    if match := re.match(r"unrecognized arguments: (?P<word>\S+)", message):
-        name = match["word"].removeprefix("--").split("=")[0]
-        if match["word"].startswith("--"):
-            return f"{name}: no such field{_nearest(name, list(hints))}"
-        return f"command line: {name!r} belongs to no option; fields are given as --section.field value"
-    return message
-
-
-OF_OTHER_TRAINERS = {
-    "learning_rate": "optim.lr",
-    "lr_scheduler_type": "optim.schedule",
-    "num_train_epochs": "run.epochs",
-    "num_epochs": "run.epochs",
-    "max_steps": "run.steps",
-    "output_dir": "run.dir",
-    "logging_steps": "run.log_every",
-    "eval_steps": "run.eval_every",
-    "save_steps": "run.save_every",
-    "save_total_limit": "run.keep",
-    "batch_size": "batch.sequences_per_step",
-    "micro_batch_size": "batch.sequences_per_step",
-    "per_device_train_batch_size": "batch.sequences_per_step",
-    "gradient_accumulation_steps": "batch.sequences_per_step",
-    "gradient_checkpointing": "model.checkpoint_layers",
-    "model_name_or_path": "model.path",
-    "base_model": "model.path",
-    "load_in_4bit": "model.quantization",
-    "max_seq_length": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "sequence_len": "data.max_length",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "beta": "loss.beta",
-    "loss_type": "loss.name",
-}
-"""What TRL, Axolotl and LLaMA-Factory call a field."""
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    meant = OF_OTHER_TRAINERS.get(name.rpartition(".")[2].replace("-", "_"), "")
-    if meant and any(known in (meant, meant.partition(".")[0]) for known in names):
-        return f"; did you mean {meant}?"
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return (
-        f"; did you mean {near[0]}?"
-        if near
-        else f"; there are {', '.join(names)}"
-        if len(names) < 10
-        else "; see --help"
-    )
-
-
-def _expected(hint: Any) -> str:
-    """A type hint in words."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
-    if hint in words:
-        return words[hint]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_expected(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        return str(choices[0]) if len(choices) == 1 else f"one of {', '.join(map(str, choices))}"
-    if typing.get_origin(hint) is tuple:
-        return f"{len(typing.get_args(hint))} values such as [0.9, 0.999]"
-    if typing.get_origin(hint) is dict:
-        return "{path: weight}"
-    assert typing.get_origin(hint) is list, hint
-    return f"a list of ({_expected(typing.get_args(hint)[0])})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -975,8 +524,3 @@ class _Quoting(yaml.SafeDumper):
 
 
 _Quoting.add_representer(str, _Quoting.represent_str)
-
-
-def config_hash(value: Any) -> str:
-    """Short sha256 of plain values: names caches and tells runs apart."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

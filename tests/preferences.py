@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_train.config import DPOConfig, load_config
+from qwen_train.command_line import load_config
+from qwen_train.config import DPOConfig
 from qwen_train.data.chat import ChatOptions
 from qwen_train.data.packing import Batch, pack_pairs
 from qwen_train.data.stream import collate_preferences

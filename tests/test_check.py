@@ -23,7 +23,8 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen_train.config import DataConfig, DPOConfig, SFTConfig, load_config, task_of
+from qwen_train.command_line import load_config, task_of
+from qwen_train.config import DataConfig, DPOConfig, SFTConfig
 from qwen_train.data import check
 from qwen_train.data.chat import ChatOptions, EncodedConversation, Template
 from qwen_train.data.check import Part, Report, examine, histogram, pair_statistics, percentiles

@@ -16,7 +16,8 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 
-from qwen_train.config import DPOConfig, SFTConfig, load_config, task_of
+from qwen_train.command_line import load_config, task_of
+from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.data import formats
 from qwen_train.loss.preference import LOSSES
 from qwen_train.train.checkpoint import HARMLESS

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from qwen_train.config import MADE_UP, DataConfig, RunConfig, SFTConfig
+from qwen_train.command_line import MADE_UP
+from qwen_train.config import DataConfig, RunConfig, SFTConfig
 from qwen_train.train import files, folder
 from qwen_train.train.checkpoint import save_checkpoint
 from qwen_train.train.folder import free_name, open_run

@@ -10,7 +10,14 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "qwen_train").rglob("*.py"), *(ROOT / "launch").glob("*.py")])
 
 ROWS = [
-    ("qwen_train", "qwen_train.config", "qwen_train.loss", "qwen_train.data"),
+    (
+        "qwen_train",
+        "qwen_train.config",
+        "qwen_train.config_errors",
+        "qwen_train.command_line",
+        "qwen_train.loss",
+        "qwen_train.data",
+    ),
     ("qwen_train.model",),
     ("qwen_train.train",),
     ("qwen_train.output",),
@@ -27,7 +34,7 @@ OWNERS = {
     "tensorboard": ("qwen_train.train.metrics",),
     "torch.utils.tensorboard": ("qwen_train.train.metrics",),
     "datasets": ("qwen_train.data.sources",),
-    "jsonargparse": ("qwen_train.config",),
+    "jsonargparse": ("qwen_train.command_line",),
 }
 CAN_RUN_CODE = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 

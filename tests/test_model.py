@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwen_train import sft
-from qwen_train.config import SFTConfig, load_config
+from qwen_train.command_line import load_config
+from qwen_train.config import SFTConfig
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
 from qwen_train.model import load
 from qwen_train.model.load import load_model, load_tokenizer, special_tokens

@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen_train.config import DPOConfig, ModelConfig, SFTConfig, load_config
+from qwen_train.command_line import load_config
+from qwen_train.config import DPOConfig, ModelConfig, SFTConfig
 from qwen_train.model.memory import CARDS, GIB, Shape
 from qwen_train.model.shapes import QWEN3, QWEN25, known_shape, shape_of
 from qwen_train.output.plan_view import (

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_train.config import DPOConfig, SFTConfig, load_config
+from qwen_train.command_line import load_config
+from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.train.preflight import preflight
 from tests.scripts import ROOT, TINY, ScriptRunner
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from qwen_train.config import ModelConfig, print_warnings
+from qwen_train.command_line import print_warnings
+from qwen_train.config import ModelConfig
 from qwen_train.data.sources import Source, source_places
 from qwen_train.model.adapters import find_base
 

@@ -10,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig, load_config
+from qwen_train.command_line import load_config
+from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig
 from qwen_train.model.memory import CARDS, GIB, Candidate, Shape, fitting, usable
 from qwen_train.model.shapes import shape_of
 from qwen_train.train.measure import Measured

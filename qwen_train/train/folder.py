@@ -16,7 +16,8 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
-from qwen_train.config import MADE_UP, SFTConfig, to_yaml
+from qwen_train.command_line import MADE_UP
+from qwen_train.config import SFTConfig, to_yaml
 from qwen_train.train.checkpoint import (
     ConfigChange,
     besides_places,

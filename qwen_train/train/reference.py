@@ -8,19 +8,20 @@ Letters: S supervised tokens, N sequences of a batch (two a pair: 2i is chosen, 
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qwen_train.config import DPOConfig, config_hash, reference_source
+from qwen_train.config import DPOConfig, reference_source
 from qwen_train.data.packing import Batch, IntArray, pack_pairs
 from qwen_train.data.stream import Collate, MicroBatches, plan_microbatches
 from qwen_train.data.tokenize import TokenDataset
@@ -110,7 +111,7 @@ class Reference:
             "quantization": self.config.model.quantization,
             "version": importlib.metadata.version("transformers"),
         }
-        cache = Path(self.config.data.cache_dir) / "reference" / config_hash(parts)
+        cache = Path(self.config.data.cache_dir) / "reference" / _short_hash(parts)
         table, problem = run.from_main(lambda: _read_table(cache, len(data)))
         if table is not None:
             rows = probe_rows(len(data))
@@ -192,12 +193,17 @@ class Reference:
     def _digest(self, run: Run) -> str:
         """Hash of every frozen weight of the reference, of which a sharded model has one whole at a time."""
         named = sorted(_frozen_tensors(self.model.lm).items())
-        return config_hash([tensor_digest({name: run.gather_shards(tensor)}) for name, tensor in named])
+        return _short_hash([tensor_digest({name: run.gather_shards(tensor)}) for name, tensor in named])
 
 
 def _pair(parts: Iterable[IntArray]) -> Pair:
     prompt, chosen, rejected = parts
     return prompt, chosen, rejected
+
+
+def _short_hash(value: Any) -> str:
+    """The first 16 digits of the sha256 of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _frozen_tensors(lm: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from typing import NoReturn
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from qwen_train.config import TIMED_NAME, Config, SFTConfig, as_dict, print_errors, refuse_alike
+from qwen_train.command_line import TIMED_NAME, print_errors, refuse_alike
+from qwen_train.config import Config, SFTConfig, as_dict
 from qwen_train.data.stream import worker_death
 from qwen_train.train.checkpoint import SaveError, saved_step
 from qwen_train.train.distributed import Run

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qwen_train.config import DataConfig, DPOConfig, RunConfig, SFTConfig, as_dict, load_config, to_yaml
+from qwen_train.command_line import load_config
+from qwen_train.config import DataConfig, DPOConfig, RunConfig, SFTConfig, as_dict, to_yaml
 from tests.faults.mutations import NUMBERS, TEXTS, junk
 from tests.scripts import ROOT
 

@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen_train.config import SFTConfig, load_config
+from qwen_train.command_line import load_config
+from qwen_train.config import SFTConfig
 from qwen_train.train import saver
 from tests.faults.runs import STEPS, STOP_AFTER, Kind, Runs, digest, make_runs, same_end
 from tests.scripts import TINY, Result, ScriptRunner, read_metrics, terminate_when
