@@ -18,7 +18,7 @@ from qwen_train.data.stream import (
     packed_squares,
     prefetch,
 )
-from qwen_train.loss.preference import Pairs, preference_loss
+from qwen_train.loss.preference import NUM_SUMS, Pairs, metric_sums, preference_loss
 from qwen_train.model.adapters import resolve_start
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens, resolve_auto
@@ -27,13 +27,11 @@ from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Run
 from qwen_train.train.evaluate import (
     HOW_TO_READ_DPO,
-    NUM_PAIR_SUMS,
     change_since_start,
     evaluate_dpo,
     evaluate_sft,
     hold_out,
     hold_out_pairs,
-    pair_sums,
     preference_metrics,
     sample_answers,
     sample_reference,
@@ -175,12 +173,12 @@ def train(config: DPOConfig, run: Run) -> None:
             return pairs, preference_loss(pairs, config.loss)
 
         def gradients(microbatches: MicroBatches, step: int) -> Tensor:
-            """Adds up this rank's gradients of a step; its share of the `pair_sums`."""
-            sums = torch.zeros(NUM_PAIR_SUMS, dtype=torch.float64, device=run.device)
+            """Adds up this rank's gradients of a step; its share of the `metric_sums`."""
+            sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=run.device)
             for batch in run.accumulate(microbatches, step):
                 pairs, losses = score(batch)
                 run.backward(losses.sum() / microbatches.total_weight * run.world_size)  # pairs of the global step
-                sums += pair_sums(pairs, losses, config.loss)
+                sums += metric_sums(pairs, losses, config.loss)
             return sums
 
         def row_losses(batch: Batch) -> Tensor:

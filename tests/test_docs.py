@@ -322,7 +322,7 @@ def emitted_metrics() -> set[str]:
     """Every name the code logs: literals, the preference metrics, throughput, and the guard of skills."""
     sources = [ROOT / "qwen_train" / name for name in ("sft.py", "dpo.py", "train/evaluate.py")]
     names = set().union(*(literal_metrics(path) for path in sources))
-    two_pairs = [2.0, *[1.0] * 3, 2.0, *[1.0] * 9, 0.5, 3.0, 3.0, 0.1]  # unequal margins and lengths: a correlation
+    two_pairs = [2.0, *[1.0] * 13, 0.5, 3.0, 3.0, 0.1]  # unequal margins and lengths: a correlation
     for prefix in ("train", "eval"):
         names |= preference_metrics(prefix, two_pairs).keys()
     names |= Throughput(torch.device("cpu"), lambda length: 1.0, 1, unit="pairs").read().keys()

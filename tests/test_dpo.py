@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qwen_train.data.packing import Batch
-from qwen_train.loss.preference import metrics_from_sums, preference_loss
+from qwen_train.loss.preference import metric_sums, metrics_from_sums, preference_loss
 from qwen_train.model.packed import PackedLM
-from qwen_train.train.evaluate import change_since_start, pair_sums, preference_metrics
+from qwen_train.train.evaluate import change_since_start, preference_metrics
 from qwen_train.train.progress import Progress
 from qwen_train.train.reference import score_pairs, sequence_sums
 from tests.preferences import (
@@ -153,13 +153,13 @@ def test_metrics_are_means_over_pairs_whatever_the_micro_batches(policy: PackedL
             with policy.adapter_off():
                 expected = sequence_sums(policy(batch).logps, batch)
             pairs = score_pairs(policy(batch).logps, expected, batch)
-        return pair_sums(pairs, preference_loss(pairs, CONFIG), CONFIG)
+        return metric_sums(pairs, preference_loss(pairs, CONFIG), CONFIG)
 
     whole = preference_metrics("train", sums(range(8)).tolist())
     parts = preference_metrics("train", (sums(range(1)) + sums(range(1, 8))).tolist())
     assert parts == pytest.approx(whole, abs=1e-4)
-    mean_of_means = (metrics_from_sums(sums(range(1))[4:])["rewards/margins"] + metrics_from_sums(
-        sums(range(1, 8))[4:])["rewards/margins"]) / 2  # fmt: skip
+    means = [metrics_from_sums(sums(rows).tolist())["rewards/margins"] for rows in (range(1), range(1, 8))]
+    mean_of_means = sum(means) / 2
     assert abs(mean_of_means - whole["train/rewards/margins"]) > 1e-3
     assert whole["train/logps/chosen_change"] == pytest.approx(whole["train/rewards/chosen"] / 0.1, rel=1e-6)
 

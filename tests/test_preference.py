@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from qwen_train.loss.preference import (
+    COLUMNS,
     LOSSES,
-    METRICS,
+    NUM_SUMS,
     SATURATED,
     LossConfig,
     LossName,
@@ -24,6 +25,7 @@ from qwen_train.loss.preference import (
 )
 
 NAMES = sorted(LOSSES)
+MEANS = {name for name in COLUMNS if name == "loss" or "/" in name}
 WITH_REFERENCE = [name for name in NAMES if LOSSES[name].needs_reference]
 LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 
@@ -38,6 +40,14 @@ def make_pairs(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=None, 
         chosen_lengths=torch.tensor(chosen_lengths or ones),
         rejected_lengths=torch.tensor(rejected_lengths or ones),
     )
+
+
+def sums_of(pairs, config):
+    return metric_sums(pairs, preference_loss(pairs, config), config)
+
+
+def metrics_of(pairs, config):
+    return metrics_from_sums(sums_of(pairs, config).tolist())
 
 
 def fixture(dtype=torch.float64):
@@ -391,14 +401,14 @@ def test_policy_is_reference(name):
     pairs = random_pairs(7)
     pairs = dataclasses.replace(pairs, ref_chosen_logps=pairs.chosen_logps, ref_rejected_logps=pairs.rejected_logps)
     assert_close(loss_of(pairs, name), [AT_START[name]] * 5)
-    metrics = metrics_from_sums(metric_sums(pairs, LossConfig(name=name)))
+    metrics = metrics_of(pairs, LossConfig(name=name))
     assert [metrics[f"rewards/{x}"] for x in ("chosen", "rejected", "margins", "accuracies", "saturated")] == [0] * 5
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_swap_flips_the_margins(name):
     pairs, config = random_pairs(8), LossConfig(name=name)
-    there, back = (metrics_from_sums(metric_sums(p, config)) for p in (pairs, swapped(pairs)))
+    there, back = (metrics_of(p, config) for p in (pairs, swapped(pairs)))
     assert there["rewards/margins"] == -back["rewards/margins"] != 0
     assert there["rewards/accuracies"] == 1 - back["rewards/accuracies"]
     assert (there["rewards/chosen"], there["logps/chosen"]) == (back["rewards/rejected"], back["logps/rejected"])
@@ -412,7 +422,7 @@ def test_pairs_are_independent(name):
     pairs, config = random_pairs(9, num_pairs=6), LossConfig(name=name)
     parts = [Pairs(**{k: v[i : i + 2] for k, v in vars(pairs).items()}) for i in (0, 2, 4)]
     assert torch.equal(torch.cat([preference_loss(part, config) for part in parts]), preference_loss(pairs, config))
-    assert_close(sum(metric_sums(part, config) for part in parts), metric_sums(pairs, config), rtol=1e-14)
+    assert_close(sum(sums_of(part, config) for part in parts), sums_of(pairs, config), rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -422,7 +432,7 @@ def test_no_pairs(name):
     pairs = Pairs.from_sequences(logps, torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     loss_of(pairs, name).sum().backward()
     assert logps.grad.shape == (0,)
-    assert metric_sums(pairs, LossConfig(name=name)).tolist() == [0.0] * 14
+    assert sums_of(pairs, LossConfig(name=name)).tolist() == [0.0] * NUM_SUMS
 
 
 def test_pairs_from_sequences():
@@ -443,7 +453,10 @@ def test_reference_is_read_exactly_by_the_losses_that_need_one(name):
             preference_loss(bare, config)
     else:
         assert torch.equal(preference_loss(bare, config), preference_loss(pairs, config))
-        assert torch.equal(metric_sums(bare, config), metric_sums(pairs, config))
+        whole = metrics_of(pairs, config)
+        assert {name: value for name, value in whole.items() if not name.endswith("_change")} == metrics_of(
+            bare, config
+        )
 
 
 # --- The SFT term
@@ -598,6 +611,7 @@ def test_metrics_against_naive(name):
         return sum(values) / len(rows)
 
     expected = {
+        "loss": preference_loss(pairs, config).mean().item(),
         "rewards/chosen": mean(chosen),
         "rewards/rejected": mean(rejected),
         "rewards/margins": mean(margins),
@@ -607,10 +621,13 @@ def test_metrics_against_naive(name):
         "logps/rejected": mean([row[1] for row in rows]),
         "logps/chosen_per_token": mean([row[0] / row[4] for row in rows]),
         "logps/rejected_per_token": mean([row[1] / row[5] for row in rows]),
+        "logps/accuracies": mean([row[0] > row[1] for row in rows]),
+        "logps/chosen_change": mean([row[0] - row[2] for row in rows]),
+        "logps/rejected_change": mean([row[1] - row[3] for row in rows]),
         "rewards/length_correlation": torch.corrcoef(torch.tensor([margins, longer], dtype=torch.float64))[0, 1].item(),
     }
-    actual = metrics_from_sums(metric_sums(pairs, config))
-    assert list(actual) == [*METRICS, "rewards/length_correlation"]
+    actual = metrics_of(pairs, config)
+    assert set(actual) == MEANS | {"rewards/length_correlation"}
     assert actual == pytest.approx(expected, rel=1e-9)
 
 
@@ -620,7 +637,7 @@ def test_saturated_pairs_have_under_one_percent_of_the_gradient():
         config = LossConfig(beta=1.0)
         preference_loss(pairs, config).sum().backward()
         assert (pairs.chosen_logps.grad.abs() < 0.01 * 1.0).item() == saturated
-        assert metrics_from_sums(metric_sums(pairs, config))["rewards/saturated"] == saturated
+        assert metrics_of(pairs, config)["rewards/saturated"] == saturated
 
 
 def test_length_correlation_is_left_out_where_there_is_none():
@@ -629,18 +646,20 @@ def test_length_correlation_is_left_out_where_there_is_none():
     same_lengths = make_pairs(a, [-1.0] * 3, [-1.1] * 3, [-1.1] * 3, [9, 9, 9], [2, 2, 2])
     one_pair = make_pairs([-1.0], [-2.0], [-1.0], [-1.0], [3], [2])
     for pairs in (same_margin, same_lengths, one_pair):
-        assert set(metrics_from_sums(metric_sums(pairs, config))) == set(METRICS)
-    rounding = metric_sums(same_margin, config) * 1.0
-    rounding[[3, 11]] = torch.tensor([0.3, 0.03 * (1 + 1e-13)], dtype=torch.float64)  # three margins of .1, nearly
-    assert set(metrics_from_sums(rounding)) == set(METRICS)
+        assert set(metrics_of(pairs, config)) == MEANS
+    rounding, names = sums_of(same_margin, config), list(COLUMNS)
+    rounding[[names.index("rewards/margins"), names.index("margins_squared")]] = torch.tensor(
+        [0.3, 0.03 * (1 + 1e-13)], dtype=torch.float64
+    )  # three margins of .1, nearly
+    assert set(metrics_from_sums(rounding.tolist())) == MEANS
     exact = make_pairs([0.0, -1.0, -2.0], [0.0] * 3, [0.0] * 3, [0.0] * 3, [9, 8, 7], [2, 2, 2])
-    assert metrics_from_sums(metric_sums(exact, config))["rewards/length_correlation"] == pytest.approx(1.0)
-    assert metrics_from_sums(metric_sums(swapped(exact), config))["rewards/length_correlation"] == pytest.approx(1.0)
+    assert metrics_of(exact, config)["rewards/length_correlation"] == pytest.approx(1.0)
+    assert metrics_of(swapped(exact), config)["rewards/length_correlation"] == pytest.approx(1.0)
 
 
 def test_metrics_are_detached():
     pairs = with_grad(fixture())
-    assert not metric_sums(pairs, LossConfig()).requires_grad
+    assert not sums_of(pairs, LossConfig()).requires_grad
     assert not any(reward.requires_grad for reward in rewards(pairs, LossConfig()))
     assert preference_loss(pairs, LossConfig()).requires_grad
 

@@ -14,7 +14,7 @@ name in LossName; a line in LOSSES; and a row of golden values in tests/test_pre
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -352,11 +352,6 @@ def preference_loss(pairs: Pairs, config: LossConfig) -> Tensor:
 SATURATED = math.log(99)
 """Reward margin, 4.6, from which on the gradient of `sigmoid`, s(-margin), is under 1 % of its largest."""
 
-METRICS = (
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/saturated",
-    "logps/chosen", "logps/rejected", "logps/chosen_per_token", "logps/rejected_per_token",
-)  # fmt: skip
-
 
 @torch.no_grad()
 def rewards(pairs: Pairs, config: LossConfig) -> tuple[Tensor, Tensor]:
@@ -375,31 +370,74 @@ def rewards(pairs: Pairs, config: LossConfig) -> tuple[Tensor, Tensor]:
     return beta * chosen, beta * rejected
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """Pairs with their losses and rewards, all of shape [P], the rewards in float64."""
+
+    pairs: Pairs
+    losses: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+    @property
+    def margins(self) -> Tensor:
+        return self.chosen - self.rejected
+
+    @property
+    def longer(self) -> Tensor:
+        """|w| - |l|"""
+        return self.pairs.chosen_lengths - self.pairs.rejected_lengths
+
+    def change(self, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+        """Of log-probabilities since the start; nan without a reference."""
+        return torch.full_like(self.losses, math.nan) if ref_logps is None else logps - ref_logps
+
+
+COLUMNS: dict[str, Callable[[_Scored], Tensor]] = {
+    "num_pairs": lambda scored: torch.ones_like(scored.losses),
+    "loss": lambda scored: scored.losses,
+    "rewards/chosen": lambda scored: scored.chosen,
+    "rewards/rejected": lambda scored: scored.rejected,
+    "rewards/margins": lambda scored: scored.margins,
+    "rewards/accuracies": lambda scored: scored.margins > 0,
+    "rewards/saturated": lambda scored: scored.margins > SATURATED,
+    "logps/chosen": lambda scored: scored.pairs.chosen_logps,
+    "logps/rejected": lambda scored: scored.pairs.rejected_logps,
+    "logps/chosen_per_token": lambda scored: scored.pairs.chosen_logps_per_token,
+    "logps/rejected_per_token": lambda scored: scored.pairs.rejected_logps_per_token,
+    "logps/accuracies": lambda scored: scored.pairs.chosen_logps > scored.pairs.rejected_logps,
+    "logps/chosen_change": lambda scored: scored.change(scored.pairs.chosen_logps, scored.pairs.ref_chosen_logps),
+    "logps/rejected_change": lambda scored: scored.change(scored.pairs.rejected_logps, scored.pairs.ref_rejected_logps),
+    "longer": lambda scored: scored.longer,
+    "margins_squared": lambda scored: scored.margins**2,
+    "longer_squared": lambda scored: scored.longer.double() ** 2,
+    "margins_times_longer": lambda scored: scored.margins * scored.longer,
+}
+"""What is summed over pairs: their number, the metrics, and four moments for rewards/length_correlation."""
+MOMENTS = ("longer", "margins_squared", "longer_squared", "margins_times_longer")
+NUM_SUMS = len(COLUMNS)
+
+
 @torch.no_grad()
-def metric_sums(pairs: Pairs, config: LossConfig) -> Tensor:
-    """Sums over pairs, float64 [14]: their number, METRICS, four moments. Add over micro-batches and ranks."""
-    chosen, rejected = (reward.double() for reward in rewards(pairs, config))
-    margin = chosen - rejected
-    longer = (pairs.chosen_lengths - pairs.rejected_lengths).double()
-    columns = (
-        torch.ones_like(margin), chosen, rejected, margin, margin > 0, margin > SATURATED,
-        pairs.chosen_logps, pairs.rejected_logps, pairs.chosen_logps_per_token, pairs.rejected_logps_per_token,
-        longer, margin * margin, longer * longer, margin * longer,
-    )  # fmt: skip
-    return torch.stack([column.double() for column in columns]).sum(dim=1)
+def metric_sums(pairs: Pairs, losses: Tensor, config: LossConfig) -> Tensor:
+    """Sums of the COLUMNS over pairs, float64 [NUM_SUMS]. Add over micro-batches and ranks."""
+    scored = _Scored(pairs, losses, *(reward.double() for reward in rewards(pairs, config)))
+    return torch.stack([column(scored).double() for column in COLUMNS.values()]).sum(dim=1)
 
 
-def metrics_from_sums(sums: Tensor) -> dict[str, float]:
-    """Means over the pairs (at least one) that `metric_sums` summed: METRICS and rewards/length_correlation.
+def metrics_from_sums(sums: Sequence[float]) -> dict[str, float]:
+    """Means over the pairs (at least one) that `metric_sums` summed, and rewards/length_correlation.
 
     The latter is the correlation (-1 to 1) of the reward margin with |w| - |l|: near 1 the policy learns length. It is
-    left out where there is none, because all margins or all length differences are equal.
+    left out where there is none, because all margins or all length differences are equal; and so is every metric that
+    is nan, as changes are without a reference, but the loss.
     """
-    num_pairs, *totals = sums.tolist()
-    *means, longer, margin_sq, longer_sq, product = (total / num_pairs for total in totals)
-    metrics = dict(zip(METRICS, means, strict=True))
+    totals = dict(zip(COLUMNS, sums, strict=True))
+    num_pairs = totals.pop("num_pairs")
+    metrics = {name: total / num_pairs for name, total in totals.items()}
+    longer, margin_sq, longer_sq, product = (metrics.pop(name) for name in MOMENTS)
     margin = metrics["rewards/margins"]
     margin_var, longer_var = margin_sq - margin**2, longer_sq - longer**2
     if margin_var > 1e-9 * margin_sq and longer_var > 1e-9 * longer_sq:  # else they are rounding
         metrics["rewards/length_correlation"] = (product - margin * longer) / math.sqrt(margin_var * longer_var)
-    return metrics
+    return {name: value for name, value in metrics.items() if not math.isnan(value) or name == "loss"}

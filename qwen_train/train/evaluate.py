@@ -18,7 +18,7 @@ from qwen_train.data.stream import (
     plan_microbatches,
 )
 from qwen_train.data.tokenize import TokenDataset
-from qwen_train.loss.preference import LossConfig, Pairs, metric_sums, metrics_from_sums, preference_loss
+from qwen_train.loss.preference import NUM_SUMS, LossConfig, metric_sums, metrics_from_sums, preference_loss
 from qwen_train.model.memory import microbatch_tokens
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.train.distributed import Run
@@ -158,7 +158,6 @@ Losses are nats per supervised token, exact over all GPUs; `train` values are of
 # --- Pairs
 
 SIDES = ("chosen", "rejected")
-NUM_PAIR_SUMS = 18
 
 
 def hold_out_pairs(data: TokenDataset, config: DPOConfig, world_size: int) -> HeldOut:
@@ -176,34 +175,9 @@ def hold_out_pairs(data: TokenDataset, config: DPOConfig, world_size: int) -> He
     )
 
 
-@torch.no_grad()
-def pair_sums(pairs: Pairs, losses: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """What `preference_metrics` needs of some pairs, float64 [NUM_PAIR_SUMS]. Add over micro-batches and ranks.
-
-    Loss, pairs whose chosen answer is the likelier one, change of the chosen and of the rejected log-probability since
-    the start (nan without a reference), then `metric_sums`.
-    """
-    ours = (
-        losses,
-        pairs.chosen_logps > pairs.rejected_logps,
-        losses * math.nan if pairs.ref_chosen_logps is None else pairs.chosen_logratios,
-        losses * math.nan if pairs.ref_rejected_logps is None else pairs.rejected_logratios,
-    )
-    return torch.cat([torch.stack([column.double().sum() for column in ours]), metric_sums(pairs, config)])
-
-
 def preference_metrics(prefix: str, sums: Sequence[float]) -> dict[str, float]:
-    """Means over the pairs that `pair_sums` summed, under their full names."""
-    loss, likelier, chosen_change, rejected_change, *rest = sums
-    num_pairs = rest[0]
-    metrics = {
-        "loss": loss / num_pairs,
-        **metrics_from_sums(torch.tensor(rest, dtype=torch.float64)),
-        "logps/accuracies": likelier / num_pairs,
-        "logps/chosen_change": chosen_change / num_pairs,
-        "logps/rejected_change": rejected_change / num_pairs,
-    }
-    return {f"{prefix}/{name}": value for name, value in metrics.items() if not math.isnan(value) or name == "loss"}
+    """Means over the pairs that `metric_sums` summed, under their full names."""
+    return {f"{prefix}/{name}": value for name, value in metrics_from_sums(sums).items()}
 
 
 @torch.no_grad()
@@ -214,11 +188,11 @@ def evaluate_dpo(
 
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
     """
-    sums = torch.zeros(NUM_PAIR_SUMS, dtype=torch.float64, device=run.device)
+    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=run.device)
     for batch in _in_evaluation(run, model, held_out):
         reference = ref_logps(batch)
         pairs = score_pairs(model(batch).logps, reference, batch)
-        sums += pair_sums(pairs, preference_loss(pairs, config), config)
+        sums += metric_sums(pairs, preference_loss(pairs, config), config)
     return preference_metrics("eval", run.sum(sums))
 
 
