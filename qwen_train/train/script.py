@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from qwen_train.command_line import TIMED_NAME, print_errors, refuse_alike
+from qwen_train.command_line import TIMED_NAME, print_errors, print_warnings, refuse_alike
 from qwen_train.config import Config, SFTConfig, as_dict
 from qwen_train.data.stream import worker_death
 from qwen_train.train.checkpoint import SaveError, saved_step
@@ -44,9 +44,7 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
         sys.exit(128 + signal.SIGTERM)
     assert config.run.name is not None
     name, folder = config.run.name, Path(config.run.dir) / config.run.name
-    if run.is_main:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    print_warnings(warnings)
     if run.peers is not None:
         run.peers.when_gone(lambda departure: os._exit(_follow(run, folder, name, departure)))
     try:

@@ -131,7 +131,8 @@ def make_config(case: dict, args: argparse.Namespace) -> SFTConfig:
 def tokenized(path: str, task: str, supervise: str, model: str):
     config = DataConfig(train=path, max_length=2048, supervise=supervise)
     tokenizer = load_tokenizer(ModelConfig(path=model))
-    return tokenize(task, path, tokenizer, options=ChatOptions.from_config(config), workers=8)
+    options = ChatOptions.from_config(config)
+    return tokenize(task, path, tokenizer, options=options, workers=8, cache_dir=config.cache_dir)
 
 
 def make_stream(config: SFTConfig, case: dict) -> Stream:
