@@ -192,8 +192,8 @@ def train(config: DPOConfig, run: Run) -> None:
             sums, microbatches = guard.accumulate(gradients, microbatches, step)  # smaller ones if memory runs out
             run.average_gradients(model)
             grad_norm = run.clip_grad_norm(model, config.optim.max_grad_norm)
-            totals = run.sum(sums)
-            loss = totals[0] / microbatches.total_weight
+            means = preference_metrics("train", run.sum(sums))
+            loss = means["train/loss"]
             # The same numbers on every rank: all of them agree.
             if guard.accepts(step, microbatches, loss, grad_norm, row_losses):
                 optimizer.step()
@@ -206,7 +206,7 @@ def train(config: DPOConfig, run: Run) -> None:
             metrics.advance(progress.step)
             if last or due(progress.step, config.run.log_every):
                 values = {
-                    **preference_metrics("train", totals),
+                    **means,
                     "train/learning_rate": lr,
                     "train/grad_norm": grad_norm,
                     "train/epoch": microbatches.epoch,
