@@ -100,7 +100,8 @@ def train(config: DPOConfig, run: Run) -> None:
         world_size=run.world_size,
     )
     total_steps = stream.total_steps
-    run.note(*stream.warnings)
+    if stream.repeats:
+        run.note(f"warning: {stream.repeats}")
 
     # -- model, reference and optimizer, fresh or from a checkpoint ---------------------------------------------------
     frozen_copy = reference_source(config) == "start_adapter"

@@ -66,7 +66,8 @@ def train(config: SFTConfig, run: Run) -> None:
         world_size=run.world_size,
     )
     total_steps = stream.total_steps
-    run.note(*stream.warnings)
+    if stream.repeats:
+        run.note(f"warning: {stream.repeats}")
 
     # -- model and optimizer, fresh or from a checkpoint --------------------------------------------------------------
     model = run.prepare(load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded))

@@ -478,6 +478,28 @@ def test_plan_is_what_the_stream_does(template, tmp_path):
     assert plan.microbatches_per_step == pytest.approx(np.mean([len(step.batches) for step in steps]))
 
 
+@pytest.mark.parametrize(
+    ("run", "problem"),
+    [
+        ({"epochs": 1.0}, None),
+        ({"epochs": 2.0}, ("warning", "a step of 20 holds each of 10 rows 2.0 times")),
+        ({"steps": 1}, ("warning", "a step of 32 holds each of 10 rows 3.2 times")),
+        ({"epochs": 1e-9}, ("error", "run.epochs: 1e-09 of 10 rows are 0 steps")),
+    ],
+)
+def test_steps_that_hold_rows_several_times_or_none(run, problem, template, tmp_path):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    config, _ = load_config(SFTConfig, ["--config", config_file(tmp_path, {"train": path}, run=run)])
+    options = ChatOptions.from_config(config.data)
+    judged = [(Source(path), judge("sft", path, template.tokenizer, options))]
+    problems = examine({"data.train": judged}, template, options, config).problems
+    assert (
+        [(one.level, one.message.partition(problem[1])[1]) for one in problems] == [problem]
+        if problem
+        else not problems
+    )
+
+
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_a_pair_over_the_token_budget_is_an_error(share_prompt, template, tmp_path):
     rows = [pair("What is up? " * 5, "yes", "no")]

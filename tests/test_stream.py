@@ -171,11 +171,11 @@ def test_a_step_may_be_larger_than_the_data():
     assert Counter(stream.rows(0) + stream.rows(1) + stream.rows(2)) == {0: 8, 1: 8, 2: 8}
     once = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8, epochs=1)
     assert sorted(once.rows(0)) == [0, 1, 2] and once.total_steps == 1
-    said = "warning: batch.sequences_per_step: a step of 8 holds each of 3 rows 2.7 times; lower it, or give more rows"
-    assert stream.warnings == [said] and once.warnings == []
+    said = "batch.sequences_per_step: a step of 8 holds each of 3 rows 2.7 times; lower it, or give more rows"
+    assert stream.repeats == said and once.repeats is None
     twice = make(lengths=LENGTHS[:3], total_weights=WEIGHTS[:3], sequences_per_step=8, epochs=2)
-    assert twice.warnings == [said.replace("step of 8", "step of 6").replace("2.7", "2.0")]
-    assert make(lengths=LENGTHS[:8], total_weights=WEIGHTS[:8], sequences_per_step=8, epochs=2).warnings == []
+    assert twice.repeats == said.replace("step of 8", "step of 6").replace("2.7", "2.0")
+    assert make(lengths=LENGTHS[:8], total_weights=WEIGHTS[:8], sequences_per_step=8, epochs=2).repeats is None
 
 
 # ---- mixes ----

@@ -515,9 +515,11 @@ def _plan(train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
             sources=_numbers(train.row_sources),
             source_weights=[source.weight for source in train.sources],
         )
-    except ValueError as error:  # weights by which an epoch has no row
+    except ValueError as error:  # weights by which an epoch has no row, or epochs without one
         problems.add(train, "error", train.place(0), "no_rows", str(error))
         return None
+    if stream.repeats:
+        problems.add(train, "warning", train.place(0), "repeated_rows", stream.repeats)
     steps = stream.total_steps
     looked_at = [lengths[stream.rows(step)] for step in range(min(steps, PLANNED_STEPS))]
     microbatches = None

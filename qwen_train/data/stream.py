@@ -120,15 +120,15 @@ class Stream:
         return -(-self._num_positions(self.epochs) // self.sequences_per_step)
 
     @property
-    def warnings(self) -> list[str]:
-        """That a step holds rows several times, where it does."""
+    def repeats(self) -> str | None:
+        """How often a step holds each row, where that is more than once."""
         held = len(self.rows(0))
         if held <= self.rows_per_epoch:
-            return []
-        return [
-            f"warning: batch.sequences_per_step: a step of {held:,} holds each of {self.rows_per_epoch:,} rows "
+            return None
+        return (
+            f"batch.sequences_per_step: a step of {held:,} holds each of {self.rows_per_epoch:,} rows "
             f"{held / self.rows_per_epoch:.1f} times; lower it, or give more rows"
-        ]
+        )
 
     def rows(self, step: int) -> list[int]:
         """Data set rows of global batch ``step``, in the stream's order."""
