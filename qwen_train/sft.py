@@ -24,7 +24,6 @@ from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_
 from qwen_train.train.preflight import preflight
 from qwen_train.train.probe import settle
 from qwen_train.train.progress import due, restore, save, save_asked
-from qwen_train.train.reference import sequence_sums
 from qwen_train.train.saver import Saver, require_room
 from qwen_train.train.signals import Interrupted
 from qwen_train.train.splits import load_split
@@ -124,8 +123,8 @@ def train(config: SFTConfig, run: Run) -> None:
 
         def row_losses(batch: Batch) -> Tensor:
             """Loss of each conversation, nats a token, to tell which ones make a step bad."""
-            nll = sequence_sums(-model(batch).logps * batch.weights, batch)
-            return nll / sequence_sums(batch.weights, batch)
+            nll = batch.sequence_sums(-model(batch).logps * batch.weights)
+            return nll / batch.sequence_sums(batch.weights)
 
         steps = range(progress.step, total_steps)
         for step, microbatches in throughput.watch(prefetch(stream, steps, config.data.workers)):

@@ -18,7 +18,7 @@ from qwen_train.loss.preference import metric_sums, metrics_from_sums, preferenc
 from qwen_train.model.packed import PackedLM
 from qwen_train.train.evaluate import change_since_start, preference_metrics
 from qwen_train.train.progress import Progress
-from qwen_train.train.reference import score_pairs, sequence_sums
+from qwen_train.train.reference import score_pairs
 from tests.preferences import (
     batch_of,
     disturb,
@@ -65,7 +65,7 @@ def loss_and_gradients(model: PackedLM, *batches: Batch) -> tuple[Tensor, dict[s
     logps, total = [], torch.zeros((), dtype=torch.float64)
     for batch in batches:
         with torch.no_grad(), model.adapter_off():
-            expected = sequence_sums(model(batch).logps, batch)
+            expected = batch.sequence_sums(model(batch).logps)
         pairs = score_pairs(model(batch).logps, expected, batch)
         loss = preference_loss(pairs, CONFIG).sum() / 8
         loss.backward()
@@ -119,7 +119,7 @@ def test_log_probs_are_sums_over_the_answer_by_a_full_softmax(start: Path, data)
             assert len(picked) == len(answer)
             expected.append(picked.sum().double())
     batch = batch_of(data, range(5))
-    torch.testing.assert_close(sequence_sums(model(batch).logps, batch), torch.stack(expected), atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch.sequence_sums(model(batch).logps), torch.stack(expected), atol=1e-4, rtol=0)
 
 
 def test_batch_mates_order_and_micro_batches_change_nothing(policy: PackedLM, data) -> None:
@@ -140,7 +140,7 @@ def test_swapping_chosen_and_rejected_flips_the_margins(policy: PackedLM, data) 
     for either in (batch, flipped):
         with torch.no_grad():
             with policy.adapter_off():
-                expected = sequence_sums(policy(either).logps, either)
+                expected = either.sequence_sums(policy(either).logps)
             margins.append(score_pairs(policy(either).logps, expected, either).margin)
     torch.testing.assert_close(margins[0], -margins[1], atol=2e-5, rtol=0)
     assert float(margins[0].abs().min()) > 1e-3
@@ -151,7 +151,7 @@ def test_metrics_are_means_over_pairs_whatever_the_micro_batches(policy: PackedL
         batch = batch_of(data, rows)
         with torch.no_grad():
             with policy.adapter_off():
-                expected = sequence_sums(policy(batch).logps, batch)
+                expected = batch.sequence_sums(policy(batch).logps)
             pairs = score_pairs(policy(batch).logps, expected, batch)
         return metric_sums(pairs, preference_loss(pairs, CONFIG), CONFIG)
 

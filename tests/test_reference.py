@@ -27,7 +27,6 @@ from qwen_train.train.reference import (
     audit_start,
     check_reference,
     score_pairs,
-    sequence_sums,
 )
 from tests.preferences import (
     batch_of,
@@ -135,7 +134,7 @@ def test_the_reference_is_the_start_and_stays_it_bitwise(
     assert torch.equal(reference.logps(batch), before)
     assert tensor_digest(frozen) == digest
     assert all(p.grad is None for p in frozen.values())
-    moved = sequence_sums(model(batch).logps, batch)
+    moved = batch.sequence_sums(model(batch).logps)
     assert float((moved - before).abs().max()) > 1e-2, "the policy did move, so the test could have failed"
 
 
@@ -146,7 +145,7 @@ def test_adapter_off_is_the_base_bitwise(start: Path, run: Run, tmp_path: Path, 
     batch = batch_of(pairs_of(config, few_pairs(tmp_path), cache_dir), range(8))
     base = load(dpo_config("--model.path", str(start.parent / "base"), "--lora.enabled", "false"))
     with torch.no_grad():
-        plain = sequence_sums(base.eval()(batch).logps, batch)
+        plain = batch.sequence_sums(base.eval()(batch).logps)
     assert torch.equal(reference_of(config, model, run, tmp_path).logps(batch), plain)
 
 
@@ -296,7 +295,7 @@ def test_the_weights_digest_is_of_the_base_alone(
 
     disturb(model)
     batch = batch_of(pairs_of(reference.config, few_pairs(tmp_path), cache_dir), range(4))
-    sequence_sums(model(batch).logps, batch).sum().backward()
+    batch.sequence_sums(model(batch).logps).sum().backward()
     assert reference._digest(run) == digest, "a forward writes B beside the weights"
 
     (norm,) = (value for name, value in model.named_parameters() if name.endswith("layers.0.input_layernorm.weight"))

@@ -81,6 +81,11 @@ class Batch:
         queries, keys = self.cu_seqlens_q.diff().double(), self.cu_seqlens_k.diff().double()
         return float((keys**2 - (keys - queries) ** 2).sum() / queries.sum())
 
+    def sequence_sums(self, values: Tensor) -> Tensor:
+        """``values`` [S] of the supervised tokens summed over each sequence: float64 [N], differentiable."""
+        sums = values.new_zeros(self.num_sequences, dtype=torch.float64)
+        return sums.index_add(0, self.sequence_ids, values.double())
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply ``function`` to every tensor and keep the rest."""
         tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}

@@ -50,15 +50,10 @@ TOLERANCE = {"float32": (1e-5, 1e-5), "bfloat16": (1e-2, 1e-3)}
 PROBE_ROWS = 4
 
 
-def sequence_sums(values: Tensor, batch: Batch) -> Tensor:
-    """`values` [S] of the supervised tokens summed over each sequence: float64 [N], differentiable."""
-    return values.new_zeros(batch.num_sequences, dtype=torch.float64).index_add(0, batch.sequence_ids, values.double())
-
-
 def score_pairs(logps: Tensor, ref_logps: Tensor | None, batch: Batch) -> Pairs:
     """Log-probabilities [S] of the policy and sums [N] of the reference as pairs."""
-    lengths = sequence_sums(torch.ones_like(logps), batch)
-    return Pairs.from_sequences(sequence_sums(logps, batch), ref_logps, lengths)
+    lengths = batch.sequence_sums(torch.ones_like(logps))
+    return Pairs.from_sequences(batch.sequence_sums(logps), ref_logps, lengths)
 
 
 class Reference:
@@ -92,7 +87,7 @@ class Reference:
         if self.source is None:
             return None
         with self.active() as model:
-            return sequence_sums(model(batch).logps, batch)
+            return batch.sequence_sums(model(batch).logps)
 
     def of_data(self, run: Run, data: TokenDataset, collate: Collate, lengths: IntArray) -> RefLogps:
         """The reference of one data set: `logps` itself, or with `reference.precompute` a table that knows every row.
@@ -336,7 +331,7 @@ def audit_start(
 @torch.no_grad()
 def _policy_logps(policy: PackedLM, batch: Batch) -> Tensor:
     with evaluating(policy):
-        return sequence_sums(policy(batch).logps, batch)
+        return batch.sequence_sums(policy(batch).logps)
 
 
 def _cause(run: Run, policy: PackedLM, reference: Reference, ref_logps: RefLogps, batch: Batch) -> str:

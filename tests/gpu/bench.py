@@ -56,7 +56,7 @@ from qwen_train.model.packed import PackedLM
 from qwen_train.train.distributed import Run
 from qwen_train.train.metrics import peak_memory_gib
 from qwen_train.train.optim import build_optimizer
-from qwen_train.train.reference import score_pairs, sequence_sums
+from qwen_train.train.reference import score_pairs
 
 DEFAULTS = {
     "tokens": 18432,
@@ -274,7 +274,7 @@ def measure(case: dict, args: argparse.Namespace, run: Run) -> dict:
                 if step == 0:
                     gap = max(gap, float((logps.detach() - expected).abs().mean()))
                 loss = (
-                    preference_loss(score_pairs(logps, sequence_sums(expected, batch), batch), loss_config).sum()
+                    preference_loss(score_pairs(logps, batch.sequence_sums(expected), batch), loss_config).sum()
                     / microbatches.total_weight
                 )
             run.backward(loss)
