@@ -364,7 +364,8 @@ class RunConfig:
     """auto: go on from the run's newest valid checkpoint if there is one; never: the run must be new; or a checkpoint
     folder."""
     accept_changes: bool = False
-    """Go on although fields that shape the result, or the data, have changed; noted in config.yaml and state.json."""
+    """Go on although fields that shape the result, the data, the start or the reference have changed; noted in
+    config.yaml and state.json."""
     eval_samples: int = 8
     """Greedy answers generated for the first held-out rows at each evaluation."""
     eval_sample_tokens: int = 256
