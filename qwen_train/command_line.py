@@ -118,6 +118,7 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         MADE_UP.add(name)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+    notices += _kept_of_files(config, on_command_line, in_files)
     return config, notices + _judge_idle(config, on_command_line, in_files)
 
 
@@ -172,6 +173,27 @@ def _one_length(argv: list[str], in_files: set[str], on_command_line: set[str]) 
                 return argv
             return [*argv, f"--{other}", "null"]
     return argv
+
+
+def _kept_of_files(config: SFTConfig, on_command_line: set[str], in_files: set[str]) -> list[str]:
+    """A warning for each value of a file beside which the command line changes what its default would hang on.
+
+    The config.yaml of a run has all of them written out: `--lora.r 64` alone would leave its alpha of 16.
+    """
+    defaults: dict[str, Any] = {}
+    if "lora.r" in on_command_line:
+        defaults["lora.alpha"] = LoraConfig(r=config.lora.r).scale_numerator
+    if isinstance(config, DPOConfig) and "loss.name" in on_command_line:
+        loss = type(config.loss)(name=config.loss.name).resolved()
+        defaults |= {f"loss.{field.name}": getattr(loss, field.name) for field in dataclasses.fields(loss)}
+    warnings = []
+    for name, default in defaults.items():
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if name in in_files - on_command_line and None not in (value, default) and value != default:
+            cause = "lora.r" if section == "lora" else "loss.name"
+            warnings.append(f"{name}: {value} is the file's; beside this {cause} null would be {default}")
+    return warnings
 
 
 def _last_value(argv: Sequence[str], name: str) -> str:

@@ -420,6 +420,21 @@ def test_warnings_of_one_reason_are_one_line(tmp_path: Path):
     assert warnings == ["run.eval_every, run.eval_samples: have no effect, since data.eval names no held-out data"]
 
 
+def test_what_a_file_keeps_beside_a_rank_or_a_loss_of_the_command_line_is_said(tmp_path: Path):
+    """The config.yaml of a run has its alpha and its loss's values written out; they are not those of another."""
+    path = tmp_path / "config.yaml"
+    values = {"lora": {"r": 8, "alpha": 16}, "loss": {"name": "robust", "label_smoothing": 0.1}, "data": {"train": "x"}}
+    path.write_text(yaml.safe_dump(values))
+    _, warnings = load_config(DPOConfig, ["--config", str(path), "--lora.r=64", "--loss.name=sigmoid"])
+    assert warnings[:2] == [
+        "lora.alpha: 16.0 is the file's; beside this lora.r null would be 128",
+        "loss.label_smoothing: 0.1 is the file's; beside this loss.name null would be 0.0",
+    ]
+    for more in ([], ["--lora.r=8"], ["--lora.r=64", "--lora.alpha=16"], ["--loss.name=robust"]):
+        _, warnings = load_config(DPOConfig, ["--config", str(path), *more])
+        assert not any("is the file's" in warning for warning in warnings), more
+
+
 def test_switching_off_what_is_off_is_no_mistake(tmp_path: Path):
     _, warnings = load_config(DPOConfig, ["--data.eval", "null", "--data.eval_sft", "null"])
     assert not any("eval_sft" in warning for warning in warnings)

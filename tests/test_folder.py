@@ -48,6 +48,9 @@ def test_one_process_in_a_folder(tmp_path: Path):
         with pytest.raises(ValueError, match=r"run\.name: another process is training in .*/a; wait for it"):
             open_run(config(tmp_path))
         assert sorted((tmp_path / "runs/a").iterdir()) == before
+        (tmp_path / "runs/link").symlink_to("a")
+        with pytest.raises(ValueError, match=r"run\.name: another process is training in .*/link; wait for it"):
+            open_run(config(tmp_path, "link"))
         assert open_run(config(tmp_path, "b")).path.name == "b", "another folder is free"
         (tmp_path / "runs/a-3").mkdir()
         assert free_name(config(tmp_path)) == "a", "a name that was given is kept"

@@ -1,5 +1,6 @@
 """Going on: the data, their order, the start and the config are the run's own, or the change is accepted and noted."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from qwen_train.config import DataConfig, DPOConfig, LoraConfig, LossConfig, RunConfig, SFTConfig, as_dict
+from qwen_train.config import DataConfig, DPOConfig, LoraConfig, LossConfig, ModelConfig, RunConfig, SFTConfig, as_dict
 from qwen_train.loss.preference import LOSSES
 from qwen_train.train import progress
 from qwen_train.train.checkpoint import changes_since, save_checkpoint, written_out
@@ -55,12 +58,8 @@ def resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
         ({"data": "others"}, "the data are no longer those of the run", "the data are others"),
         ({"order": "another"}, "the rows no longer come in the order", "the order of the rows is another"),
         ({"but": "order"}, "it is of an earlier version", "the data may be others"),
-        (
-            {"start": {"model.path": "x", "model.adapter": "start"}},
-            "model.path is not",
-            "the weights of model.path are",
-        ),
-        ({"start": {"model.path": "base"}}, "model.adapter is not", "the weights of model.adapter are others"),
+        ({"start": {"model.path": "x", "model.adapter": "start"}}, "model.path is not", "model.path is another"),
+        ({"start": {"model.path": "base"}}, "model.adapter is not", "model.adapter is another"),
         ({}, "", ""),
         ({"but": "start"}, "", ""),
     ],
@@ -118,3 +117,21 @@ def test_another_place_has_to_be_the_same_thing(tmp_path: Path):
     write_status(path, "finished", result=str(path / "adapter"))
     with pytest.raises(ValueError, match=r"cannot be changed or extended: data.train was 'x' and is now 'y'"):
         open_run(moved)
+
+
+@pytest.mark.parametrize("model", [{}, {"from_scratch": True}], ids=["read", "drawn"])
+def test_a_start_is_its_weights_and_what_its_config_makes_of_them(model: dict[str, bool], tmp_path: Path):
+    """The same weights with another rotary base answer otherwise; who wrote the file, and where, does not matter."""
+
+    def start(name: str, weight: float = 0.0, **values: Any) -> dict[str, str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "rope_theta": 1e6, **values}))
+        save_file({"w": torch.full((3, 100), weight)}, folder / "model.safetensors")
+        given = replace(config(tmp_path), model=ModelConfig(path=str(folder), **model), lora=LoraConfig(enabled=False))
+        return progress.fingerprint_start(RunFolder(tmp_path, given, True, "r", None, ()))
+
+    begun = start("a")
+    assert start("b", transformers_version="6.0", torch_dtype="float16") == begun
+    assert start("c", rope_theta=1e4) != begun
+    assert start("d", weight=1.0) != begun or model, "drawn weights lie in the checkpoint alone"

@@ -171,6 +171,9 @@ def answers_of(path: Path) -> list[str]:
         ("train_sft-00000-of-00001", ["train_gen-00000-of-00001"]),
         ("Train", ["Eval"]),
         ("train.1", ["dev.1", "valid", "val"]),
+        ("train1", ["test1"]),
+        ("chat_train", ["chat_test"]),
+        ("train_sft-00000-of-00001-a3ecf92756993580", ["train_gen-00000-of-00001-a3ecf92756993580"]),
     ],
 )
 def test_a_folder_of_several_splits_is_refused(train: str, others: list[str], tmp_path: Path) -> None:
@@ -202,9 +205,9 @@ def test_several_files_of_one_split_are_one_source(tmp_path: Path) -> None:
     assert str(caught.value).endswith(
         f"holds the splits test, train; list the files of one split: --data.train '[{files}]'"
     )
-    for name in ("training", "traintest", "tests", "a"):
+    for name in ("training", "traintest", "tests", "testimonials", "a"):
         parquet(tmp_path / "other" / f"{name}.parquet", name)
-    assert len(answers_of(tmp_path / "other")) == 4, "these are no names of splits"
+    assert len(answers_of(tmp_path / "other")) == 5, "these are no names of splits"
 
 
 @pytest.mark.parametrize("unread", ["part/b.parquet", "part/deep/b.PARQUET", "more.jsonl", "part/more.ndjson"])

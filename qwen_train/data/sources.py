@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,9 +33,9 @@ from qwen_train.data.formats import check_format, is_json, one_line
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z0-9])", re.IGNORECASE)
+SPLIT_FILE = re.compile(r"(?:.*?[_.-])??(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 NOT_BLANK = re.compile(r"[^ \t\n\r]")  # for JSON
-HUB_FILE = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
+HUB_FILE = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
 MANY_ROWS = 10_000
 """Rows that are announced where no progress bar shows that they take some seconds."""
 PARQUET_ROWS = 1000
@@ -225,7 +226,7 @@ def _check_parquet_folder(path: str, name: str) -> None:
     splits: dict[str, list[Path]] = {}
     for file in files:
         if known := SPLIT_FILE.match(file.stem):
-            split = named["split"] if (named := HUB_FILE.fullmatch(file.stem)) else known[0].lower()
+            split = named["split"] if (named := HUB_FILE.fullmatch(file.stem)) else known[1].lower()
             splits.setdefault(split, []).append(file)
     if len(splits) > 1:
         wanted = sorted(splits, key=lambda split: (split.startswith("train") != (name == "data.train"), split))[0]
@@ -249,7 +250,7 @@ def _check_parquet_folder(path: str, name: str) -> None:
 def _as_option(name: str, files: list[Path]) -> str:
     """The option with these files, as one types it; of many the first two."""
     listed = [*map(str, files[:2]), *(["..."] if len(files) > 2 else [])]
-    return f"--{name} {listed[0]}" if len(files) == 1 else f"--{name} '[{', '.join(listed)}]'"
+    return f"--{name} {shlex.quote(listed[0])}" if len(files) == 1 else f"--{name} '[{', '.join(listed)}]'"
 
 
 def source_places(path: str) -> set[str]:

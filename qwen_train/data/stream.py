@@ -107,8 +107,8 @@ class Stream:
             )
         if not 0 < self.total_steps <= MAX_STEPS:
             raise ValueError(
-                f"run.epochs: {self.epochs} of {self.rows_per_epoch:,} rows are {self.total_steps:,} steps; give 1 to "
-                f"{MAX_STEPS:,}"
+                f"run.epochs: {self.epochs} of {self.rows_per_epoch:,} rows are {self.total_steps:,} steps; a run has "
+                f"1 to {MAX_STEPS:,}: {'lower' if self.total_steps else 'raise'} run.epochs"
             )
 
     @property
@@ -122,7 +122,9 @@ class Stream:
     @property
     def repeats(self) -> str | None:
         """How often a step holds each row, where that is more than once."""
-        held = len(self.rows(0))
+        held = self.sequences_per_step
+        if self.epochs is not None:
+            held = min(held, self._num_positions(self.epochs))
         if held <= self.rows_per_epoch:
             return None
         return (
@@ -168,9 +170,13 @@ class Stream:
         return (epoch * num_rows + position - first) / num_rows
 
     def order_digest(self, step: int) -> str:
-        """Hash of the order of the epoch that a step begins in, that numpy and this file give: neither is forever."""
+        """Hash of the order of the epoch that a step begins in, that numpy and this file give: neither is forever.
+
+        And of the rows of an epoch by source, which say where each begins.
+        """
         order = self._order(self._epoch_at(step * self.sequences_per_step))
-        return hashlib.sha256(order.astype(np.int64).tobytes()).hexdigest()
+        rows = f"{self._whole_copies} {[float(fraction) for fraction in self._fractions]}"
+        return hashlib.sha256(order.astype(np.int64).tobytes() + rows.encode()).hexdigest()
 
     def halve_budget(self) -> bool:
         """Cut later steps into micro-batches of half as many tokens, but no fewer than the longest row has.

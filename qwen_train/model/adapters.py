@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -204,15 +205,22 @@ def base_fingerprint(path: str, revision: str | None = None) -> str:
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
-                entries[name] = _sampled(tensors.get_tensor(name))
+                entries[name] = _sampled(tensors, name)
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def _sampled(tensor: Tensor) -> list[Any]:
-    """The shape and evenly spaced values of a tensor, in bf16's precision."""
-    flat = tensor.reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64).long()
-    return [list(tensor.shape), flat[index].to(torch.bfloat16).float().tolist()]
+def _sampled(file: Any, name: str) -> list[Any]:
+    """The shape and evenly spaced values of a tensor of a file, in bf16's precision; of a matrix reads their rows."""
+    stored = file.get_slice(name)
+    shape = stored.get_shape()
+    count = math.prod(shape)
+    index = torch.linspace(0, count - 1, min(SAMPLED_VALUES, count), dtype=torch.float64).long()
+    if len(shape) == 2 and count:
+        places = [divmod(place, shape[1]) for place in index.tolist()]
+        values = torch.stack([stored[row : row + 1][0, column] for row, column in places])
+    else:
+        values = file.get_tensor(name).reshape(-1)[index]
+    return [shape, values.to(torch.bfloat16).float().tolist()]
 
 
 @torch.no_grad()

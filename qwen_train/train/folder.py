@@ -101,6 +101,10 @@ def open_run(config: SFTConfig) -> RunFolder:
     config = written_out(config)
     assert config.run.name is not None
     path = Path(config.run.dir) / config.run.name
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"run.name: {path} is a link to {path.readlink()}, which is not there; make it, or delete the link"
+        )
     notes = _lock(path)
     if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
         raise ValueError(
@@ -108,10 +112,6 @@ def open_run(config: SFTConfig) -> RunFolder:
         )
     if path.exists() and not path.is_dir():
         raise ValueError(f"run.name: {path} is a file; choose another run.name or run.dir")
-    if path.is_symlink() and not path.exists():
-        raise ValueError(
-            f"run.name: {path} is a link to {path.readlink()}, which is not there; make it, or delete the link"
-        )
     is_new = _is_free(path)
     if not is_new and config.run.resume == "never":
         raise ValueError(f"run.resume: never, but {path} holds a run already; delete it or choose another run.name")
@@ -151,7 +151,8 @@ class _TakenError(ValueError):
 
 
 def _lock_of(path: Path) -> Path:
-    return path.parent.resolve() / f".{path.name}.lock"
+    folder = path.resolve()  # one lock by whatever links it is reached
+    return folder.parent / f".{folder.name}.lock"
 
 
 def _lock(path: Path) -> tuple[str, ...]:
@@ -191,7 +192,7 @@ def _is_named(file: IO[str], place: Path) -> bool:
     """Whether an open file still bears its name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), place.stat())
-    except FileNotFoundError:
+    except OSError:  # deleted; ESTALE if by another machine
         return False
 
 

@@ -1,5 +1,7 @@
 """Where training stands in a run, and that written as a checkpoint and read from one."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -7,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PretrainedConfig
 
 from qwen_train.config import SFTConfig, as_dict
 from qwen_train.data.stream import Stream
@@ -20,6 +23,8 @@ from qwen_train.train.optim import load_optimizer_state, optimizer_state, place_
 from qwen_train.train.saver import Saver
 from qwen_train.train.sharding import read_like
 
+NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+"""Fields of a config.json that say who wrote it and how to load it."""
 ROWS_TWICE = "with rows that may come twice or never"
 WINDOW = 128
 """Steps whose losses and gradient norms a new one is compared with."""
@@ -155,20 +160,21 @@ def restore(
     if folder.checkpoint is None:
         return Progress(data=content, start=start)
     reader, state = open_checkpoint(folder.checkpoint)
+    steps_alike = state["config"]["batch"]["sequences_per_step"] == folder.config.batch.sequences_per_step
     if "order" not in state:
         problem = "it is of an earlier version of this project, and its data cannot be told to be the same"
         accept(run, folder, "the data may be others", problem, ROWS_TWICE)
     elif state["data"] != content:
         problem = "the data are no longer those of the run: data.train, the tokenizer or its template give other tokens"
         accept(run, folder, "the data are others", problem, ROWS_TWICE)
-    elif state["order"] != stream.order_digest(state["step"]):
-        problem = "the rows no longer come in the order of the run: numpy, this project's code or the weights of "
-        accept(run, folder, "the order of the rows is another", f"{problem}data.train changed", ROWS_TWICE)
+    elif steps_alike and state["order"] != stream.order_digest(state["step"]):
+        problem = "the rows no longer come in the order of the run: the weights of data.train, run.seed, numpy or "
+        accept(run, folder, "the order of the rows is another", f"{problem}this project's code changed", ROWS_TWICE)
     begun_with = state.get("start", start)
     for name in {**start, **begun_with}:
         if start.get(name) != begun_with.get(name):
-            problem = f"{name} is not what the run began with: other weights lie there now"
-            accept(run, folder, f"the weights of {name} are others", problem, "from another start")
+            problem = f"{name} is not what the run began with: something else lies there now"
+            accept(run, folder, f"{name} is another", problem, "from another start")
     parameters = trainable_parameters(model)
     weights = {name: read_like(reader, "model", name, parameters.get(name)) for name in reader.names("model")}
     entries = {name: parameters.get(name.rpartition("/")[0]) for name in reader.names("optimizer")}
@@ -186,8 +192,12 @@ def restore(
 
 
 def fingerprint_start(folder: RunFolder) -> dict[str, str]:
-    """What the weights that training starts from are, by the field that names their place; samples of a base."""
+    """What training starts from, by the field that names its place: samples of a base's weights, its config.json."""
     model, start = folder.config.model, {}
+    path = str(folder.base) if model.from_scratch and folder.config.lora.enabled else model.path
+    config, _ = PretrainedConfig.get_config_dict(path, revision=None if model.from_scratch else model.revision)
+    config = {name: value for name, value in config.items() if name not in NOT_OF_THE_MODEL}
+    start["config.json of model.path"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     if model.from_scratch and folder.config.lora.enabled:
         start["model.path"] = base_fingerprint(str(folder.base))
     elif not model.from_scratch:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from qwen_train.config import SFTConfig
-from qwen_train.model.adapters import can_concatenate
+from qwen_train.model.adapters import can_concatenate, read_adapter_config
 from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.blocks import Shard, write_blocks
-from qwen_train.train.checkpoint import finish_save, save_checkpoint, save_error, saving
+from qwen_train.train.checkpoint import LEFT, finish_save, save_checkpoint, save_error, saving
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import FileEntry, require_free_space
 from qwen_train.train.signals import Interrupted
@@ -227,19 +227,22 @@ def require_room(folder: Path, model: PackedLM, config: SFTConfig, steps_left: i
 
     Checkpoints: weights and optimizer state, `run.keep` of them and the one being written, fewer in a short run, less
     those that are there already. Result: the adapter, the model, or after a merged start both: this run's part and what
-    it is joined to, an adapter of twice its size or, where they cannot be one adapter, a merged model.
+    it is joined to, an adapter of both ranks or, where they cannot be one adapter, a merged model.
     """
     parameters = trainable_parameters(model).values()
     one = sum(p.numel() * (p.element_size() + _state_bytes(p, config.optim.name)) for p in parameters)
     saves = math.ceil(steps_left / config.run.save_every) if config.run.save_every else 1
-    there = len(list(folder.glob("step-*")))
+    there = len([*folder.glob("step-*"), *folder.glob(f"{LEFT}*")])
     missing = max(min(there + saves, config.run.keep + 1) - there, 1)
     itemsize = getattr(torch, config.model.dtype).itemsize
     if config.lora.enabled:
         adapter = result = sum(parameter.nbytes for parameter in parameters)
         if config.model.merges:
-            joins = can_concatenate(config.model.adapter or "", config.lora)
-            result += 2 * adapter if joins else Shape.of(model.causal_lm.config).parameters * itemsize
+            start = config.model.adapter or ""
+            if can_concatenate(start, config.lora):
+                result += adapter + math.ceil(adapter * read_adapter_config(start).r / config.lora.r)
+            else:
+                result += Shape.of(model.causal_lm.config).parameters * itemsize
     else:
         result = sum(p.numel() for p in parameters) * itemsize
     require_free_space(folder, missing * one + result)

@@ -160,7 +160,7 @@ def test_another_start_goes_on_only_if_it_is_told_to(runs: Runs, whole: Path):
             (adapter / "base.json").unlink()
         line = error(runs.run("started", *words))
         assert f"model.{name} is not what the run began with" in line and "run.accept_changes" in line
-        notes.append(f"changed after step-{first:06d}: the weights of model.{name} are others")
+        notes.append(f"changed after step-{first:06d}: model.{name} is another")
     result = runs.run("started", *words, "--run.accept_changes=true")
     assert result.code == 0, result.output
     state = json.loads((runs.folder / f"started/checkpoints/step-{STEPS:06d}/state.json").read_text())
@@ -358,14 +358,15 @@ def test_space_is_that_of_the_checkpoints_to_come(
 @pytest.mark.parametrize(
     ("words", "of_start", "adapters", "models"),
     [
-        ((), {}, 3, 0),  # this run's part, and an adapter of the sum of both ranks
+        ((), {}, 2.5, 0),  # this run's part, and an adapter of the sum of both ranks
+        ((), {"r": 16}, 4, 0),
         (("--model.adapter_start=continue",), {}, 1, 0),
         (("--lora.use_dora=true",), {}, 1, 1),
         ((), {"use_dora": True}, 1, 1),
         ((), {"modules_to_save": ["norm"]}, 1, 1),
     ],
 )
-def test_space_is_that_of_the_result(tmp_path: Path, monkeypatch, words, of_start, adapters: int, models: int):
+def test_space_is_that_of_the_result(tmp_path: Path, monkeypatch, words, of_start, adapters: float, models: int):
     """A merged model, which DoRA and saved modules end in, would otherwise fill the disk at the very end."""
     parameters = {"a": torch.zeros(1000, 100)}
     monkeypatch.setattr(saver, "trainable_parameters", lambda model: parameters)
@@ -375,6 +376,8 @@ def test_space_is_that_of_the_result(tmp_path: Path, monkeypatch, words, of_star
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | of_start))
     save_file({}, tmp_path / "adapter_model.safetensors")
     words = (f"--model.adapter={tmp_path}", "--run.save_every=0", "--data.train=x", *words)
+    if "--model.adapter_start=continue" not in words:
+        words += ("--lora.r=8",)
     config, _ = load_config(SFTConfig, list(words), embedded=False)
     shape = AutoConfig.from_pretrained(TINY / "model")
     model: Any = SimpleNamespace(causal_lm=SimpleNamespace(config=shape))
