@@ -16,6 +16,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -379,11 +380,11 @@ class _Scored:
     chosen: Tensor
     rejected: Tensor
 
-    @property
+    @cached_property
     def margins(self) -> Tensor:
         return self.chosen - self.rejected
 
-    @property
+    @cached_property
     def longer(self) -> Tensor:
         """|w| - |l|"""
         return self.pairs.chosen_lengths - self.pairs.rejected_lengths

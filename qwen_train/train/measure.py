@@ -24,6 +24,7 @@ from qwen_train.train.metrics import flops_per_token, peak_memory_gib
 from qwen_train.train.optim import build_optimizer
 from qwen_train.train.probe import NUM_MICRO_BATCHES, settle, worst_case
 from qwen_train.train.reference import Reference, score_pairs
+from qwen_train.train.sharding import own_part
 
 WARM_STEPS = 3
 
@@ -172,5 +173,5 @@ def _loss(config: SFTConfig, model: PackedLM, reference: Reference | None, batch
 def _fill_shards(model: PackedLM) -> None:
     """Random values for shards that no rank has read weights for."""
     for parameter in model.parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        local = own_part(parameter)
         local.fill_(1.0) if local.ndim < 2 else local.normal_(std=0.02)

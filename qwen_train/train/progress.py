@@ -194,14 +194,15 @@ def restore(
 def fingerprint_start(folder: RunFolder) -> dict[str, str]:
     """What training starts from, by the field that names its place: samples of a base's weights, its config.json."""
     model, start = folder.config.model, {}
-    path = str(folder.base) if model.from_scratch and folder.config.lora.enabled else model.path
-    config, _ = PretrainedConfig.get_config_dict(path, revision=None if model.from_scratch else model.revision)
+    path, revision, has_weights = model.path, model.revision, True
+    if model.from_scratch:  # of a full model the drawn weights lie in its checkpoints alone
+        revision, has_weights = None, folder.config.lora.enabled
+        path = str(folder.base) if has_weights else path
+    config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     config = {name: value for name, value in config.items() if name not in NOT_OF_THE_MODEL}
     start["config.json of model.path"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    if model.from_scratch and folder.config.lora.enabled:
-        start["model.path"] = base_fingerprint(str(folder.base))
-    elif not model.from_scratch:
-        start["model.path"] = base_fingerprint(model.path, model.revision)
+    if has_weights:
+        start["model.path"] = base_fingerprint(path, revision)
     if model.adapter is not None:
         start["model.adapter"] = adapter_sha256(model.adapter)
     return start

@@ -44,8 +44,8 @@ def _trained_on(config: SFTConfig, name: str, held_out: TokenDataset) -> list[st
     trained = {place for source in resolve_paths(config.data.train) for place in source_places(source.path)}
     warnings = []
     for path in held_out.paths:
-        both = sorted(source_places(path) & trained)
-        if both:
-            what = path if len(both) == len(source_places(path)) else f"{both[0]} of {path}"
+        places = source_places(path)
+        if both := sorted(places & trained):
+            what = path if len(both) == len(places) else f"{both[0]} of {path}"
             warnings.append(f"warning: {name}: {what} is trained on as well; take it out of one of the two")
     return warnings

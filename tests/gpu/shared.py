@@ -23,7 +23,7 @@ from qwen_train.model.packed import PackedLM, load_trainable, trainable_paramete
 from qwen_train.train import distributed
 from qwen_train.train.checkpoint import open_checkpoint, save_checkpoint
 from qwen_train.train.distributed import Run
-from qwen_train.train.sharding import read_like
+from qwen_train.train.sharding import own_part, read_like
 
 clip, prepare = Run.clip_grad_norm, Run.prepare
 
@@ -40,10 +40,6 @@ def clip_and_compare(run: Run, model: nn.Module, max_norm: float) -> float:
     return norm
 
 
-def local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter.data
-
-
 @torch.no_grad()
 def prepare_and_save(run: Run, model: PackedLM) -> PackedLM:
     """Prepare the model, and see every slice of its adapter through a checkpoint."""
@@ -51,24 +47,24 @@ def prepare_and_save(run: Run, model: PackedLM) -> PackedLM:
     parameters = trainable_parameters(model)
     if not all("lora_" in name for name in parameters):
         return model
-    before = {name: local(parameter).clone() for name, parameter in parameters.items()}
+    before = {name: own_part(parameter).clone() for name, parameter in parameters.items()}
     torch.manual_seed(run.rank if run.sharded else 0)  # without shards all ranks have the same
     for parameter in parameters.values():
-        local(parameter).normal_()
-    filled = {name: local(parameter).clone() for name, parameter in parameters.items()}
+        own_part(parameter).normal_()
+    filled = {name: own_part(parameter).clone() for name, parameter in parameters.items()}
     folder = Path(run.from_main(tempfile.mkdtemp))
     whole = run.whole(parameters)
     run.from_main(lambda: str(save_checkpoint(folder, 1, {"model": whole}, {"run_id": "slices"}, keep=1)))
     for parameter in parameters.values():
-        local(parameter).zero_()
+        own_part(parameter).zero_()
     reader, _ = open_checkpoint(folder / "step-000001")
     load_trainable(model, {name: read_like(reader, "model", name, parameters[name]) for name in parameters})
-    wrong = [name for name, parameter in parameters.items() if not torch.equal(local(parameter), filled[name])]
+    wrong = [name for name, parameter in parameters.items() if not torch.equal(own_part(parameter), filled[name])]
     held = sum(tensor.numel() for tensor in filled.values()) / sum(p.numel() for p in parameters.values())
     found = run.gather(f"{len(wrong)} of {len(filled)} changed, {held:.0%} of the numbers held")
     run.note(f"slices saved, zeroed and loaded, by rank: {'; '.join(found)}")
     for name, parameter in parameters.items():
-        local(parameter).copy_(before[name])
+        own_part(parameter).copy_(before[name])
     return model
 
 
