@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from qwen_train.config import HEADS, ModelConfig, SFTConfig
+from qwen_train.config import HEADS, DPOConfig, ModelConfig, SFTConfig
 from qwen_train.data.scratch import scratch_folder
 from qwen_train.model.adapters import (
     add_reference_adapter,
@@ -162,6 +162,7 @@ def load_model(
         dtype=dtype,
         sharded=sharded,
         source=source,
+        weighted_sum=not isinstance(config, DPOConfig),
     )
     model.causal_lm.config.use_cache = False
 

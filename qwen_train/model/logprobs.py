@@ -21,6 +21,9 @@ ChunkFunction = Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores]
 ONE_KERNEL = True
 """Whether a chunk is scored by kernels.py's one kernel rather than by a compiled function; the benchmark compares."""
 
+FOLLOWS = 1e-4
+"""Share of a token's gradient by which it may be off the loss's weights: they are the same but for fp32 rounding."""
+
 
 class TokenScores(NamedTuple):
     """What the model says of each supervised token."""
@@ -32,7 +35,12 @@ class TokenScores(NamedTuple):
 
 
 def token_logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk_size: int, compiled: bool = False
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    chunk_size: int,
+    compiled: bool = False,
+    weights: Tensor | None = None,
 ) -> TokenScores:
     """Log-probability of each target under `softmax(hidden @ head_weight.T)`, differentiable in hidden and head_weight.
 
@@ -42,7 +50,9 @@ def token_logprobs(
 
     Frozen head: the forward keeps d logp / d hidden, one row [D] per token in that dtype, and the backward scales it by
     the gradient of the token's log-probability: exact for any loss, with no second product with the head. Trainable
-    head: a chunk's logits are computed again in the backward, and the head's gradient is summed over chunks in fp32.
+    head: a chunk's logits are computed again in the backward, and the head's gradient is summed over chunks in fp32;
+    with `weights`, float32[S], not even that: they say that the loss is a multiple of the sum of logps * weights, and
+    the head's gradient, too, is made in the forward and scaled in the backward. Of a loss that is not, it is NaN.
 
     FSDP2: a trainable `head_weight` is saved as the unsharded parameter itself, as F.linear saves it. It is valid in
     the backward even if its group was resharded after the forward, since FSDP2 gathers into the same storage again;
@@ -57,7 +67,8 @@ def token_logprobs(
     # Read here: inside Function.forward the grad mode is always off.
     grad = torch.is_grad_enabled()
     train_head = grad and head_weight.requires_grad
-    keep_jacobian = grad and hidden.requires_grad and not train_head
+    recompute = train_head and weights is None
+    keep_jacobian = grad and hidden.requires_grad and not recompute
     with torch.set_grad_enabled(grad), torch.autocast(device, enabled=False):
         logps, is_argmax = _TokenLogprobs.apply(
             hidden.to(dtype),
@@ -65,7 +76,8 @@ def token_logprobs(
             targets,
             chunk_size,
             keep_jacobian,
-            train_head,
+            weights if train_head else None,
+            recompute,
             _chunk_function(hidden, compiled),
         )
     return TokenScores(logps, is_argmax)
@@ -142,44 +154,63 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         chunk_size: int,
         keep_jacobian: bool,
-        train_head: bool,
+        weights: Tensor | None,
+        recompute: bool,
         scores: ChunkFunction,
     ) -> tuple[Tensor, Tensor]:
+        """`weights`: the head's gradient is made here, for such a loss; `recompute`: in backward, as is hidden's."""
         weight = head_weight.to(hidden.dtype)
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         logsumexp, miss = torch.empty_like(logps), torch.empty_like(logps)
         is_argmax = torch.empty_like(logps, dtype=torch.bool)
         jacobian = torch.empty_like(hidden) if keep_jacobian else None
+        grad_weight = None if weights is None else torch.zeros_like(weight, dtype=torch.float32)
+        residual_dtype = None if jacobian is None and grad_weight is None else hidden.dtype
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
-            chunk = scores(product_fp32(hidden[rows], weight.T), targets[rows], hidden.dtype if keep_jacobian else None)
+            chunk = scores(product_fp32(hidden[rows], weight.T), targets[rows], residual_dtype)
             logps[rows], is_argmax[rows] = chunk.logps, chunk.is_argmax
             logsumexp[rows], miss[rows] = chunk.logsumexp, chunk.miss
             if jacobian is not None:
                 assert chunk.residual is not None
                 torch.mm(chunk.residual, weight, out=jacobian[rows])
+            if grad_weight is not None:
+                assert chunk.residual is not None and weights is not None
+                _add_product(grad_weight, chunk.residual.T, (hidden[rows] * weights[rows, None]).to(hidden.dtype))
             del chunk  # before the next chunk's logits: 1.2 GiB at 4,096 rows
-        ctx.chunk_size, ctx.train_head = chunk_size, train_head
-        ctx.save_for_backward(*((hidden, head_weight, targets, logsumexp, miss) if train_head else (jacobian,)))
+        ctx.chunk_size, ctx.recompute, ctx.head_dtype = chunk_size, recompute, head_weight.dtype
+        kept = (hidden, head_weight, targets, logsumexp, miss) if recompute else (jacobian, grad_weight, weights)
+        ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(is_argmax)
         return logps, is_argmax
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden: Tensor | None
+        grad_hidden: Tensor | None = None
         grad_weight: Tensor | None = None
-        if ctx.train_head:
+        if ctx.recompute:
             hidden, head_weight, targets, logsumexp, miss = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
                 grad_hidden, grad_weight = _recomputed_grads(
                     hidden, head_weight, targets, logsumexp, miss, grad_logps, ctx.chunk_size, ctx.needs_input_grad[0]
                 )
         else:
-            (jacobian,) = ctx.saved_tensors
-            # Multiplied in fp32 and rounded on the way out; the saved rows stay whole for another backward.
-            grad_hidden = torch.mul(jacobian, grad_logps[:, None], out=torch.empty_like(jacobian))
-        return grad_hidden, grad_weight, None, None, None, None, None
+            jacobian, weighted, weights = ctx.saved_tensors
+            # Multiplied in fp32 and rounded on the way out; what is saved stays whole for another backward.
+            if jacobian is not None:
+                grad_hidden = torch.mul(jacobian, grad_logps[:, None], out=torch.empty_like(jacobian))
+            if weighted is not None:
+                factor = _common_factor(grad_logps, weights)
+                grad_weight = torch.mul(weighted, factor, out=torch.empty_like(weighted, dtype=ctx.head_dtype))
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _common_factor(gradient: Tensor, weights: Tensor) -> Tensor:
+    """The number that makes `weights` the `gradient`; NaN where there is none. 0 of no tokens."""
+    factor = (gradient * weights).sum() / (weights * weights).sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    follows = ((gradient - factor * weights).abs() <= FOLLOWS * (factor * weights).abs()).all()
+    return torch.where(follows, factor, torch.nan)
 
 
 def _recomputed_grads(

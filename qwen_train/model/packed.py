@@ -52,10 +52,12 @@ class PackedLM(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         sharded: bool = False,
         source: Mapping[str, Tensor] | None = None,
+        weighted_sum: bool = False,
     ) -> None:
         """`attention` is one of attention.py's backends; `dtype` what FSDP2 computes in, where the model is `sharded`.
 
-        Raises ValueError for a config that packed attention would get wrong.
+        `weighted_sum`: every loss is a multiple of the batch's sum of `logps * weights`, as SFT's is; a trained head
+        then needs no second product (logprobs.py). Raises ValueError for a config that packed attention gets wrong.
         """
         super().__init__()
         self.lm = lm
@@ -69,6 +71,7 @@ class PackedLM(nn.Module):
         self.dtype = dtype
         self.sharded = sharded
         self.source = source
+        self.weighted_sum = weighted_sum
         keep_supervised_rows(self.causal_lm.model.layers[-1])  # what forward asks of it
         self.layers = DecoderLayers(list(self.causal_lm.model.layers), compiled, _draws_masks(self.causal_lm))
 
@@ -101,7 +104,8 @@ class PackedLM(nn.Module):
         assert len(hidden) == len(rows), "the last layer returned other rows than it was asked for"
         hidden = hidden[: len(batch.targets)]
         compiled_head = self.layers.compiled and hidden.is_cuda
-        return token_logprobs(hidden, lm.lm_head.weight, batch.targets, self.head_chunk, compiled_head)
+        weights = batch.weights if self.weighted_sum else None
+        return token_logprobs(hidden, lm.lm_head.weight, batch.targets, self.head_chunk, compiled_head, weights)
 
     def _lora_layers(self) -> Iterator[LoraLayer]:
         return (module for module in self.lm.modules() if isinstance(module, LoraLayer))
