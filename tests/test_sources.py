@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
+from qwen_train.command_line import load_config
 from qwen_train.config import DataConfig, DPOConfig, SFTConfig
 from qwen_train.data import sources
 from qwen_train.data.formats import Conversation, RowError, parse_row
@@ -21,6 +23,7 @@ from qwen_train.data.sources import (
     resolve_paths,
     row_place,
     source_files,
+    sources_of,
 )
 from qwen_train.train.splits import _trained_on
 
@@ -93,6 +96,44 @@ def test_held_out_rows_have_no_weight(config: Any, field: str, weight: float, tm
     ]
     with pytest.raises(ValueError, match=rf"^data\.{field}: .* is listed 2 times; list it once$"):
         find_sources(config(data=replace(data, **{field: [str(there), str(there)]})))
+
+
+SPELLINGS = {
+    "dot": lambda file: f"./{file.name}",
+    "absolute": lambda file: str(file.resolve()),
+    "up and down": lambda file: f"folder/../{file.name}",
+    "link": lambda file: "link.jsonl",
+    "of a linked folder": lambda file: f"linked/{file.name}",
+}
+
+
+@pytest.mark.parametrize("name", ["data.train", "data.eval"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_file_named_twice_in_two_spellings_is_refused(
+    spelling: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows were trained on twice without a word."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.jsonl", "b.jsonl"):
+        Path(file).write_text("{}\n")
+    Path("folder").mkdir()
+    Path("link.jsonl").symlink_to("a.jsonl")
+    Path("linked").symlink_to(tmp_path)
+    other = SPELLINGS[spelling](Path("a.jsonl"))
+    remedy = "list it once, with a weight" if name == "data.train" else "list it once"
+    with pytest.raises(ValueError) as caught:
+        sources_of(["b.jsonl", "a.jsonl", {other: 1}], "sft", "auto", name)
+    assert str(caught.value) == f"{name}: 'a.jsonl' and {other!r} are both {tmp_path}/a.jsonl; {remedy}"
+    assert len(sources_of(["b.jsonl", "a.jsonl", {other: 0}], "sft", "auto", name)) == 2, "one of them is left out"
+
+
+def test_a_folder_and_a_file_in_it_and_a_hub_set_by_two_names_are_the_same_rows_too(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "set" / "a.parquet", "one")
+    with pytest.raises(ValueError, match=rf"^data\.train: '{file.parent}' and '{file}' are both {file}; list it once"):
+        sources_of([str(file.parent), str(file)], "sft", "auto", "data.train")
+    with pytest.raises(ValueError, match=r"^data\.train: 'user/set' and 'user/set:train' are both user/set:train; "):
+        sources_of(["user/set", "user/set:train"], "sft", "auto", "data.train")
+    assert len(sources_of(["user/set:test", "user/set", str(file)], "sft", "auto", "data.train")) == 3
 
 
 def places_and_rows(path: Any) -> list[tuple[str, Any]]:
@@ -205,9 +246,70 @@ def test_several_files_of_one_split_are_one_source(tmp_path: Path) -> None:
     assert str(caught.value).endswith(
         f"holds the splits test, train; list the files of one split: --data.train '[{files}]'"
     )
+    assert typed(str(caught.value)) == [f"{tmp_path}/{name}.parquet" for name in names]
     for name in ("training", "traintest", "tests", "testimonials", "a"):
         parquet(tmp_path / "other" / f"{name}.parquet", name)
     assert len(answers_of(tmp_path / "other")) == 5, "these are no names of splits"
+
+
+def typed(message: str) -> Any:
+    """The training data that the option at the end of a message gives, pasted into a shell."""
+    option = message[message.index("--data.train ") :]
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {option}"], capture_output=True, text=True, check=True
+    ).stdout.split("\0")[:-1]
+    return load_config(SFTConfig, words)[0].data.train
+
+
+@pytest.mark.parametrize("folder", ["plain", "with space", "a, b", "it's", 'say "so"', "a: b #c", "[x]", "$HOME"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_a_remedy_can_be_pasted(folder: str, count: int, tmp_path: Path) -> None:
+    """Three files ended in `...`, and a comma in a name made two of one."""
+    names = [f"train-{number:05}-of-{count:05}" for number in range(count)]
+    for name in (*names, "test-00000-of-00001", ".train-hidden"):
+        parquet(tmp_path / folder / f"{name}.parquet", name)
+    with pytest.raises(ValueError, match="list the files of one split: ") as caught:
+        find_sources(SFTConfig(data=DataConfig(train=str(tmp_path / folder))))
+    files = [str(tmp_path / folder / f"{name}.parquet") for name in names]
+    assert typed(str(caught.value)) == (files if count > 1 else files[0])
+    if (count, folder) == (7, "plain"):
+        assert str(caught.value).endswith(
+            f"""--data.train "[$(printf '"%s",' {tmp_path}/plain/train-0000*.parquet)]\""""
+        )
+    parquet(tmp_path / folder / "train-x-test.parquet", "of neither")
+    with pytest.raises(ValueError) as caught:
+        find_sources(SFTConfig(data=DataConfig(train=str(tmp_path / folder))))
+    assert typed(str(caught.value)) == (sorted([*files, str(tmp_path / folder / "train-x-test.parquet")])), (
+        "its name says train first"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "option"),
+    [
+        (
+            ["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"],
+            "{}/data/train-00000-of-00001.parquet",
+        ),
+        (["data/a.parquet", "README.md", "infos.json"], "{}/data/a.parquet"),
+        (["main/train/0000.parquet", "main/test/0000.parquet"], "{}/main/train/0000.parquet"),
+        (["a.jsonl", "b.jsonl"], "'[{0}/a.jsonl, {0}/b.jsonl]'"),
+        (["rows.json"], "{}/rows.json"),
+    ],
+)
+def test_a_folder_that_is_no_source_says_where_its_files_are(files: list[str], option: str, tmp_path: Path) -> None:
+    """A download of the hub has its files in data/; all that was said is that there are none."""
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError) as caught:
+        find_sources(SFTConfig(data=DataConfig(train=str(tmp_path))))
+    start, end = str(caught.value).split("; ", 1)
+    assert start == f"data.train: the folder '{tmp_path}' holds no `datasets` set, and no .parquet file right in it"
+    assert end.endswith(f"found in it: list those to read, as --data.train {option.format(tmp_path)}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"right in it; name a file of rows$"):
+        find_sources(SFTConfig(data=DataConfig(train=str(tmp_path / "empty"))))
 
 
 @pytest.mark.parametrize("unread", ["part/b.parquet", "part/deep/b.PARQUET", "more.jsonl", "part/more.ndjson"])
