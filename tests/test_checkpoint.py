@@ -17,13 +17,11 @@ from rich.console import Console
 
 from qwen_train.config import DataConfig, DPOConfig
 from qwen_train.train import checkpoint, files
+from qwen_train.train.changes import HARMLESS, config_changes, require_same_result
 from qwen_train.train.checkpoint import (
-    HARMLESS,
-    config_changes,
     find_checkpoint,
     finish_save,
     open_checkpoint,
-    require_same_result,
     save_checkpoint,
     saving,
     set_aside,

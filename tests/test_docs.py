@@ -20,9 +20,10 @@ from qwen_train.command_line import load_config, task_of
 from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.data import formats
 from qwen_train.loss.preference import LOSSES
-from qwen_train.train.checkpoint import HARMLESS
+from qwen_train.train.changes import HARMLESS
 from qwen_train.train.evaluate import preference_metrics, under
-from qwen_train.train.metrics import CONSOLE, CONSOLE_EVAL, OUTCOMES, Throughput
+from qwen_train.train.metrics import CONSOLE, CONSOLE_EVAL, Throughput
+from qwen_train.train.status import OUTCOMES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

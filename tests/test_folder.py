@@ -15,12 +15,12 @@ import pytest
 
 from qwen_train.command_line import MADE_UP
 from qwen_train.config import DataConfig, RunConfig, SFTConfig
-from qwen_train.train import files, folder
+from qwen_train.train import files, folder, lock
 from qwen_train.train.checkpoint import save_checkpoint
 from qwen_train.train.folder import free_name, open_run
-from qwen_train.train.metrics import write_status
 from qwen_train.train.progress import save_asked
 from qwen_train.train.script import _refuse
+from qwen_train.train.status import write_status
 from tests.faulty_disk import FaultyDisk, in_child
 
 HOLDER = """
@@ -103,7 +103,7 @@ def test_a_file_system_without_locks_ends_no_run(tmp_path: Path, monkeypatch: py
     def lockf(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(folder.fcntl, "lockf", lockf)
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
     note = r"cannot be locked \(its file system: No locks available\): see to it that no other process trains there"
     assert re.search(note, open_run(config(tmp_path)).notes[0])
     other = tmp_path / "runs/b"

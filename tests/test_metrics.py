@@ -25,9 +25,8 @@ from qwen_train.train.metrics import (
     flops_per_token,
     matmul_parameters,
     peak_memory_gib,
-    this_process,
-    write_status,
 )
+from qwen_train.train.status import this_process, write_status
 from tests.faulty_disk import in_child
 
 

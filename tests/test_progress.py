@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from qwen_train.config import DataConfig, DPOConfig, LoraConfig, LossConfig, ModelConfig, RunConfig, SFTConfig, as_dict
 from qwen_train.loss.preference import LOSSES
 from qwen_train.train import progress
-from qwen_train.train.checkpoint import changes_since, save_checkpoint, written_out
+from qwen_train.train.changes import changes_since, written_out
+from qwen_train.train.checkpoint import save_checkpoint
 from qwen_train.train.folder import RunFolder, open_run
-from qwen_train.train.metrics import write_status
+from qwen_train.train.status import write_status
 
 
 def config(tmp_path: Path) -> SFTConfig:

@@ -22,8 +22,8 @@ from qwen_train.output.merge import score, write_delta, write_joined
 from qwen_train.train.distributed import Run
 from qwen_train.train.files import write_json_atomic
 from qwen_train.train.folder import RunFolder
-from qwen_train.train.metrics import write_status
 from qwen_train.train.progress import ANSWERS, Progress, require_finite
+from qwen_train.train.status import write_status
 
 OUTCOMES = {
     "eval/loss": ("held-out loss", ("data.eval",)),

@@ -1,10 +1,6 @@
 """The folder of a run: whose it is, what config it goes by, which checkpoint it goes on from."""
 
-import atexit
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import time
@@ -12,46 +8,32 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from qwen_train.command_line import MADE_UP
 from qwen_train.config import SFTConfig, to_yaml
-from qwen_train.train.checkpoint import (
+from qwen_train.train.changes import (
+    CHANGED,
     ConfigChange,
+    accepted,
     besides_places,
     changes_of_result,
     changes_since,
-    find_checkpoint,
     require_same_result,
-    saved_step,
-    strangers,
-    verify,
+    with_resolved,
     written_out,
 )
+from qwen_train.train.checkpoint import find_checkpoint, saved_step, strangers, verify
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import (
-    LEFTOVER,
-    clean_leftovers,
-    delete_folder,
-    make_folder,
-    write_bytes_atomic,
-)
-from qwen_train.train.metrics import this_process, write_status
+from qwen_train.train.files import LEFTOVER, clean_leftovers, delete_folder, make_folder, write_bytes_atomic
+from qwen_train.train.lock import TakenError, lock_folder, unlock_folder
+from qwen_train.train.status import read_status, write_status
 
 SHARED_SECONDS = 30.0  # that a network file system may take to show a new file
-
-CHANGED = "changed "
-"""How a line of a run's history begins."""
 BEGINNING = ("run_id", "config.yaml")
 """What is written of a new run first, in this order; a folder with the last is a run's."""
-UNLOCKED = "run.dir: {path} cannot be locked ({reason}): see to it that no other process trains there"
-
-
-class _Lock(NamedTuple):
-    file: IO[str]
-    notes: tuple[str, ...]
 
 
 class _Begun(NamedTuple):
@@ -60,7 +42,6 @@ class _Begun(NamedTuple):
     """There was no folder before."""
 
 
-_LOCKS: dict[Path, _Lock] = {}
 _BEGUN: dict[Path, _Begun] = {}
 
 
@@ -105,7 +86,7 @@ def open_run(config: SFTConfig) -> RunFolder:
         raise ValueError(
             f"run.name: {path} is a link to {path.readlink()}, which is not there; make it, or delete the link"
         )
-    notes = _lock(path)
+    notes = lock_folder(path)
     if config.run.resume not in ("auto", "never") and not Path(config.run.resume).is_dir():
         raise ValueError(
             f"run.resume: {config.run.resume} is not a checkpoint folder; give one, or auto for the newest, or never"
@@ -137,70 +118,13 @@ def free_name(config: SFTConfig) -> str:
 def _take(path: Path) -> bool:
     """Lock the folder of a new run; False if there is one, or another process is about to make it."""
     try:
-        _lock(path)
-    except _TakenError:
+        lock_folder(path)
+    except TakenError:
         return False
     if os.path.lexists(path):
-        _unlock(_lock_of(path))
+        unlock_folder(path)
         return False
     return True
-
-
-class _TakenError(ValueError):
-    """Another process works in the folder."""
-
-
-def _lock_of(path: Path) -> Path:
-    folder = path.resolve()  # one lock by whatever links it is reached
-    return folder.parent / f".{folder.name}.lock"
-
-
-def _lock(path: Path) -> tuple[str, ...]:
-    """Make this process the only one that works in the run's folder, for as long as it lives; what is to say of it.
-
-    Two would write the same metrics and checkpoints. The lock lies beside the folder, where all see it who see the
-    folder. It is of the process (POSIX), so it ends with a killed one and its workers do not inherit it.
-    """
-    place = _lock_of(path)
-    while place not in _LOCKS:
-        notes: tuple[str, ...] = ()
-        try:
-            make_folder(place.parent)
-            file = open(place, "a")  # noqa: SIM115  # held until the process ends
-        except OSError as error:
-            if not path.is_dir():
-                raise ValueError(f"run.dir: cannot write to {path}: {error.strerror}; choose another run.dir") from None
-            return (UNLOCKED.format(path=path, reason=f"{place}: {error.strerror}"),)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                raise _TakenError(
-                    f"run.name: another process is training in {path}; wait for it, or choose another run.name"
-                ) from None
-            notes = (UNLOCKED.format(path=path, reason=f"its file system: {error.strerror}"),)
-        if _is_named(file, place):
-            _LOCKS[place] = _Lock(file, notes)
-            atexit.register(_unlock, place)
-        else:  # whoever held it has ended meanwhile
-            file.close()
-    return _LOCKS[place].notes
-
-
-def _is_named(file: IO[str], place: Path) -> bool:
-    """Whether an open file still bears its name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), place.stat())
-    except OSError:  # deleted; ESTALE if by another machine
-        return False
-
-
-def _unlock(place: Path) -> None:
-    if lock := _LOCKS.pop(place, None):
-        with contextlib.suppress(OSError):  # an empty file that stays holds nobody up
-            place.unlink()
-        lock.file.close()
 
 
 def _is_free(path: Path) -> bool:
@@ -218,7 +142,7 @@ def _begin(config: SFTConfig, path: Path) -> RunFolder:
     try:
         make_folder(path)  # one that is there, perhaps a link or a disk of its own, is filled and not replaced
         if not _is_free(path):  # a file system without locks
-            raise _TakenError(f"run.name: another process has just begun in {path}; choose another run.name")
+            raise TakenError(f"run.name: another process has just begun in {path}; choose another run.name")
         clean_leftovers(path)
         write_bytes_atomic(path / "run_id", run_id.encode())
         write_bytes_atomic(path / "config.yaml", _with_history(config, history))
@@ -249,9 +173,9 @@ def take_back(path: Path) -> bool:
 
 def _continue(config: SFTConfig, path: Path) -> RunFolder:
     stored = _stored_config(path)
-    config = _with_resolved(config, stored)
-    changes = changes_since(stored, config)
-    finished = _outcome(path) == "finished"
+    config = with_resolved(config, stored)
+    changes, status = changes_since(stored, config), read_status(path)
+    finished = status.get("outcome") == "finished"
     if finished:
         _require_nothing_new(changes, path)
     shaping = besides_places(changes) if saved_step(path / "checkpoints") else changes
@@ -259,7 +183,7 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
         require_same_result(shaping, path)
     notes = [f"{change.field}: {change.old} -> {change.new}" for change in changes]
     run_id = (path / "run_id").read_text()
-    result = path / Path(str(_status(path).get("result", "."))).name
+    result = path / Path(str(status.get("result", "."))).name
     if finished and result.exists():
         return RunFolder(path, config, True, run_id, None, tuple(notes))
     notes += clean_leftovers(path) + clean_leftovers(path / "checkpoints")
@@ -281,7 +205,7 @@ def _continue(config: SFTConfig, path: Path) -> RunFolder:
             )
         notes += [f"{folder}: skipped, {reason}" for folder, reason in skipped]
         if checkpoint is None or own is not None:
-            checkpoint, history = own, _accepted(shaping, own)
+            checkpoint, history = own, accepted(shaping, own)
     if finished:
         notes.append(f"{result} is gone: it is written again")
     notes.append(f"going on from {checkpoint}" if checkpoint else f"{path} has no checkpoint yet: starting from step 0")
@@ -300,16 +224,6 @@ def _require_nothing_new(changes: list[ConfigChange], path: Path) -> None:
             f"{path}: the run is finished and cannot be changed or extended: {listing}; restore it, or choose another "
             f"run.name{on}"
         )
-
-
-def _accepted(changes: list[ConfigChange], checkpoint: Path | None) -> tuple[str, ...]:
-    """What `run.accept_changes` let pass, a line each."""
-    place = f"after {checkpoint.name}" if checkpoint else "before any checkpoint"
-    return tuple(
-        f"{CHANGED}{place}: {change.field} was {change.old!r} and is now {change.new!r}"
-        for change in changes
-        if change.changes_result
-    )
 
 
 def _with_history(config: SFTConfig, history: Sequence[str]) -> bytes:
@@ -358,39 +272,7 @@ def _named_checkpoint(config: SFTConfig) -> tuple[Path | None, tuple[str, ...]]:
     changes = besides_places(changes_since(stored, config))
     if not config.run.accept_changes:
         require_same_result(changes, checkpoint)
-    return checkpoint, _accepted(changes, checkpoint)
-
-
-def _with_resolved(config: SFTConfig, stored: dict[str, Any]) -> SFTConfig:
-    """`config` with the numbers that its `auto` values were given when the run began."""
-    for section, old in stored.items():
-        values: Any = getattr(config, section, None)
-        numbers = {
-            name: value
-            for name, value in old.items()
-            if isinstance(value, int) and getattr(values, name, None) == "auto"
-        }
-        if numbers:
-            changed: dict[str, Any] = {section: dataclasses.replace(values, **numbers)}
-            config = dataclasses.replace(config, **changed)
-    return config
-
-
-def _status(path: Path) -> dict[str, Any]:
-    try:
-        status = json.loads((path / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}  # none, or not ours: as good as interrupted
-    return status if isinstance(status, dict) else {}
-
-
-def is_ours(path: Path) -> bool:
-    """Whether this process has taken the folder of a run over."""
-    return _status(path).get("process") == this_process()
-
-
-def _outcome(path: Path) -> Any:
-    return _status(path).get("outcome")
+    return checkpoint, accepted(changes, checkpoint)
 
 
 def _stored_config(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run says of itself: TensorBoard, metrics.jsonl, status.json, a progress bar or plain lines; speed and memory.
+"""What a run says of itself: TensorBoard, metrics.jsonl, a progress bar or plain lines; speed and memory.
 
 A step here is a number of finished optimizer updates: after the first update of a run, `log(1, ...)`; evaluation before
 training is step 0. Everything takes Python floats and never waits for a device: the loop decides when to read them.
@@ -7,15 +7,13 @@ training is step 0. Everything takes Python floats and never waits for a device:
 import contextlib
 import json
 import logging
-import math
 import os
 import resource
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -29,13 +27,10 @@ from torch.utils.tensorboard import SummaryWriter
 from qwen_train.model.compile import compiled_graphs
 from qwen_train.model.memory import Shape
 from qwen_train.train.checkpoint import set_aside
-from qwen_train.train.files import write_bytes_atomic, write_json_atomic
+from qwen_train.train.files import finite, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-STARTED = uuid.uuid4().hex
-OUTCOMES = ("running", "finished", "interrupted", "refused", "failed")
 
 NUM_SAMPLES = 10
 """Answers that TensorBoard shows of an evaluation, side by side with the expected ones."""
@@ -62,27 +57,6 @@ CONSOLE_EVAL = (
     "eval/sft/loss",
     "eval/sft/exact_match",
 )
-
-
-def write_status(folder: Path, outcome: str, reason: str = "", step: int | None = None, **facts: Any) -> None:
-    """Write `status.json` atomically: outcome (one of `OUTCOMES`), reason, step, time (UTC), pid, further facts.
-
-    `process` tells the writer from all others (`this_process`).
-    """
-    assert outcome in OUTCOMES, outcome
-    status = {
-        "outcome": outcome,
-        "reason": reason,
-        "step": step,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "process": this_process(),
-    }
-    write_json_atomic(folder / "status.json", finite({**status, "pid": os.getpid(), **facts}))
-
-
-def this_process() -> str:
-    """A name that no other process has: process numbers repeat on other machines and in other containers."""
-    return f"{STARTED}-{os.getpid()}"  # a fork has a number of its own
 
 
 class Metrics:
@@ -227,17 +201,6 @@ def _as_cell(text: str) -> str:
     """Text as a cell of a Markdown table, in which nothing is Markdown or HTML, whatever a model writes."""
     lines = ["".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in line) for line in text.splitlines()]
     return "<br>".join(line.replace("  ", " &#160;") for line in lines)  # indents of code stay
-
-
-def finite(value: Any) -> Any:
-    """The value with every non-finite float in it replaced by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 def cut_lines(path: Path, resume_step: int | None) -> bytes:

@@ -16,9 +16,10 @@ from qwen_train.data.stream import Stream
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.model.adapters import adapter_sha256, base_fingerprint
 from qwen_train.model.packed import PackedLM, load_trainable, trainable_parameters
+from qwen_train.train.changes import history_line
 from qwen_train.train.checkpoint import open_checkpoint, saved_step
 from qwen_train.train.distributed import Run
-from qwen_train.train.folder import CHANGED, RunFolder
+from qwen_train.train.folder import RunFolder
 from qwen_train.train.optim import load_optimizer_state, optimizer_state, place_masters
 from qwen_train.train.saver import Saver
 from qwen_train.train.sharding import read_like
@@ -220,6 +221,6 @@ def accept(run: Run, folder: RunFolder, change: str, problem: str, how: str) -> 
             f"{problem}; put that back, start over with another run.name, or set run.accept_changes to go on {how}"
         )
     run.note(f"{problem} (run.accept_changes: going on {how})")
-    line = f"{CHANGED}after {folder.checkpoint.name}: {change}"
+    line = history_line(change, folder.checkpoint)
     if line not in folder.history:
         folder.history.append(line)

@@ -18,10 +18,10 @@ from qwen_train.config import Config, SFTConfig, as_dict
 from qwen_train.data.stream import worker_death
 from qwen_train.train.checkpoint import SaveError, saved_step
 from qwen_train.train.distributed import Run
-from qwen_train.train.folder import free_name, is_ours, take_back
-from qwen_train.train.metrics import write_status
+from qwen_train.train.folder import free_name, take_back
 from qwen_train.train.peers import Departure
 from qwen_train.train.signals import START_INTERRUPTED, Interrupted
+from qwen_train.train.status import STATUS, is_ours, write_status
 
 OWN_FIELDS = (("run", "name"), ("data", "cache_dir"), ("data", "workers"))
 """What ranks may differ in: a name that is made up from the time (rank 0's counts), and how each makes its batches."""
@@ -130,7 +130,7 @@ def _report(run: Run, folder: Path, outcome: str, reason: str) -> None:
         try:
             write_status(folder, outcome, reason, step=saved_step(folder / "checkpoints"))
         except OSError as error:  # the disk is full, say: the way out goes on
-            print_errors(f"{folder / 'status.json'}: not written, {error.strerror}")
+            print_errors(f"{folder / STATUS}: not written, {error.strerror}")
 
 
 def _how_to_go_on(name: str) -> str:
