@@ -9,14 +9,23 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 log = logging.getLogger(__name__)
 
 MARK = ".tmp-"
+LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{32}")
+"""The names that `beside` gives."""
+
+
+def beside(final: Path, kind: Literal["tmp", "old"] = "tmp") -> Path:
+    """A name that nobody else has for what is to take the place of `final`, or for what has stood there till now."""
+    return final.with_name(f"{final.name}.{kind}-{uuid.uuid4().hex}")
 
 
 @contextlib.contextmanager
@@ -33,7 +42,7 @@ def scratch_folder(final: Path) -> Iterator[Path]:
 
 def _make(final: Path) -> tuple[Path, int]:
     while True:
-        folder = final.with_name(f"{final.name}{MARK}{uuid.uuid4().hex}")
+        folder = beside(final)
         folder.mkdir()
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         with contextlib.suppress(OSError):  # no locks on this file system: then nobody deletes either

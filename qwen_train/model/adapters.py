@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from qwen_train.config import HEADS, Config, LoraConfig
+from qwen_train.data.digest import json_sha256
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
@@ -206,7 +207,7 @@ def base_fingerprint(path: str, revision: str | None = None) -> str:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
                 entries[name] = _sampled(tensors, name)
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return json_sha256(entries)
 
 
 def _sampled(file: Any, name: str) -> list[Any]:

@@ -22,11 +22,11 @@ from typing import Any
 
 from torch import Tensor
 
+from qwen_train.data.digest import file_sha256
 from qwen_train.train.blocks import BlockReader
 from qwen_train.train.files import (
     FileEntry,
     delete_folder,
-    file_sha256,
     install_folder,
     num_bytes,
     require_free_space,

@@ -11,9 +11,7 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
@@ -21,10 +19,11 @@ from typing import Any, BinaryIO, TypedDict
 import torch
 from torch import Tensor
 
+from qwen_train.data.scratch import LEFTOVER, beside
+
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 16 << 20
-LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{32}")
 SAFETENSORS_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -99,11 +98,6 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tensor_pieces(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time: never a second copy of all of them in memory.
 
@@ -140,7 +134,7 @@ def num_bytes(tensors: dict[str, Tensor]) -> int:
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replace a small file so that a reader, or the next start after a kill, sees the old or the new one, whole."""
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    temporary = beside(path)
     try:
         write_file(temporary, [data])
         disk.replace(temporary, path)
@@ -176,7 +170,7 @@ def make_folder(path: Path) -> None:
 def stage_folder(final: Path) -> Path:
     """Make the empty folder `<final>.tmp-<uuid>` that `install_folder` will put in the place of `final`."""
     make_folder(final.parent)
-    temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+    temporary = beside(final)
     disk.make_folder(temporary)
     return temporary
 
@@ -186,7 +180,7 @@ def install_folder(temporary: Path, final: Path) -> None:
     disk.sync_folder(temporary)
     previous = None
     if final.exists():
-        previous = final.with_name(f"{final.name}.old-{uuid.uuid4().hex}")
+        previous = beside(final, "old")
         disk.replace(final, previous)
     try:
         disk.replace(temporary, final)
@@ -233,7 +227,7 @@ def delete_folder(path: Path) -> None:
         return
     doomed = path
     if not LEFTOVER.fullmatch(path.name):
-        doomed = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+        doomed = beside(path)
         disk.replace(path, doomed)
     for child in sorted(doomed.rglob("*"), reverse=True):  # children before their folder
         if child.is_dir() and not child.is_symlink():

@@ -14,6 +14,7 @@ import yaml
 
 from qwen_train.command_line import MADE_UP
 from qwen_train.config import SFTConfig, to_yaml
+from qwen_train.data.scratch import LEFTOVER
 from qwen_train.train.changes import (
     CHANGED,
     ConfigChange,
@@ -27,7 +28,7 @@ from qwen_train.train.changes import (
 )
 from qwen_train.train.checkpoint import find_checkpoint, saved_step, strangers, verify
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import LEFTOVER, clean_leftovers, delete_folder, make_folder, write_bytes_atomic
+from qwen_train.train.files import clean_leftovers, delete_folder, make_folder, write_bytes_atomic
 from qwen_train.train.lock import TakenError, lock_folder, unlock_folder
 from qwen_train.train.status import read_status, write_status
 

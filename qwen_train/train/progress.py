@@ -1,7 +1,5 @@
 """Where training stands in a run, and that written as a checkpoint and read from one."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
 from qwen_train.config import SFTConfig, as_dict
+from qwen_train.data.digest import json_sha256
 from qwen_train.data.stream import Stream
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.model.adapters import adapter_sha256, base_fingerprint
@@ -201,7 +200,7 @@ def fingerprint_start(folder: RunFolder) -> dict[str, str]:
         path = str(folder.base) if has_weights else path
     config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     config = {name: value for name, value in config.items() if name not in NOT_OF_THE_MODEL}
-    start["config.json of model.path"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    start["config.json of model.path"] = json_sha256(config)
     if has_weights:
         start["model.path"] = base_fingerprint(path, revision)
     if model.adapter is not None:

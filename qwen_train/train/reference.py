@@ -8,13 +8,12 @@ Letters: S supervised tokens, N sequences of a batch (two a pair: 2i is chosen, 
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwen_train.config import DPOConfig, reference_source
+from qwen_train.data.digest import file_sha256, json_sha256
 from qwen_train.data.packing import Batch, IntArray, pack_pairs
 from qwen_train.data.stream import Collate, MicroBatches, plan_microbatches
 from qwen_train.data.tokenize import TokenDataset
@@ -32,7 +32,7 @@ from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import file_sha256, replacing_folder, write_file, write_tensors
+from qwen_train.train.files import replacing_folder, write_file, write_tensors
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.progress import Progress, accept
 
@@ -106,7 +106,7 @@ class Reference:
             "quantization": self.config.model.quantization,
             "version": importlib.metadata.version("transformers"),
         }
-        cache = Path(self.config.data.cache_dir) / "reference" / _short_hash(parts)
+        cache = Path(self.config.data.cache_dir) / "reference" / json_sha256(parts)[:16]
         table, problem = run.from_main(lambda: _read_table(cache, len(data)))
         if table is not None:
             rows = probe_rows(len(data))
@@ -188,17 +188,12 @@ class Reference:
     def _digest(self, run: Run) -> str:
         """Hash of every frozen weight of the reference, of which a sharded model has one whole at a time."""
         named = sorted(_frozen_tensors(self.model.lm).items())
-        return _short_hash([tensor_digest({name: run.gather_shards(tensor)}) for name, tensor in named])
+        return json_sha256([tensor_digest({name: run.gather_shards(tensor)}) for name, tensor in named])[:16]
 
 
 def _pair(parts: Iterable[IntArray]) -> Pair:
     prompt, chosen, rejected = parts
     return prompt, chosen, rejected
-
-
-def _short_hash(value: Any) -> str:
-    """The first 16 digits of the sha256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _frozen_tensors(lm: nn.Module) -> dict[str, Tensor]:

@@ -184,11 +184,12 @@ def test_checkpoints_that_cannot_be_read_are_no_reason_to_start_anew(runs: Runs,
     stopped(runs, "unread")
     before = {path: digest(path) for path in (runs.folder / "unread").rglob("*") if path.is_file()}
     unreadable = """
-from qwen_train.train import checkpoint, files
+from qwen_train.data import digest
+from qwen_train.train import checkpoint
 def failing(path):
     if "model.safetensors" in str(path):
         raise OSError(5, "Input/output error")
-    return files.file_sha256(path)
+    return digest.file_sha256(path)
 checkpoint.file_sha256 = failing
 """
     line = error(runs.run("unread", prelude=unreadable))
