@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import DPOConfig, LoraConfig
 from qwen_train.data.packing import Batch
+from qwen_train.model import adapters
 from qwen_train.model import load as load_module
 from qwen_train.model.adapters import (
     base_fingerprint,
@@ -455,6 +457,35 @@ def test_another_base_is_refused_by_its_weights(start: Path, base: str, dpo: Pat
     assert notes == [f"start: the base, {tmp_path / 'other'}"] and alone.model.adapter is None
     with pytest.raises(ValueError, match="merged into it; give the folder of that merge"):
         resolve_start(dpo_config("--model.path", base, "--model.adapter", str(dpo / "adapter_delta")))
+
+
+def test_a_base_is_sampled_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the check of an adapter and by the start of its run; anew when its file has been written again."""
+    path, sampled, real = shutil.copytree(base, tmp_path / "base"), [], adapters._sampled
+    monkeypatch.setattr(adapters, "_sampled", lambda file, name: sampled.append(name) or real(file, name))
+    before = base_fingerprint(str(path))
+    assert before == base_fingerprint(str(path)) and len(sampled) == len(set(sampled)) > 10
+    other = load_plainly(base, torch.float32, CPU)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    other.save_pretrained(path)
+    assert base_fingerprint(str(path)) != before
+
+
+def test_a_given_base_is_looked_for_at_its_revision(
+    start: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the hub's cache, which may hold no other; with the adapter's own base it would be passed over in silence."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    given = tmp_path / "models--someone--base"
+    (given / "refs").mkdir(parents=True)
+    (given / "refs/v1").write_text("0" * 40)
+    shutil.copytree(base, given / "snapshots" / ("0" * 40))
+    words = ("--model.path", "someone/base", "--model.adapter", str(start), "--model.revision")
+    config, _ = resolve_start(dpo_config(*words, "v1"))
+    assert (config.model.path, config.model.revision) == ("someone/base", "v1")
+    config, _ = resolve_start(dpo_config(*words, "v2"))
+    assert (config.model.path, config.model.revision) == (base, None), "not there"
 
 
 def test_an_adapter_of_another_template_is_refused(start: Path) -> None:

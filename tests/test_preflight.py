@@ -12,6 +12,7 @@ import pytest
 
 from qwen_train.command_line import load_config
 from qwen_train.config import DPOConfig, SFTConfig
+from qwen_train.model.adapters import is_hub_id
 from qwen_train.train.preflight import preflight
 from tests.scripts import ROOT, TINY, ScriptRunner
 
@@ -48,6 +49,22 @@ def test_the_script_says_what_to_install(scripts: ScriptRunner, tmp_path: Path):
 
 
 # ---- model folders ----
+
+
+def test_names_that_the_hub_can_have():
+    names = (
+        "gpt2",
+        "Qwen/Qwen2.5-7B",
+        "org/a_b-c.d",
+        "runs/a/adapter",
+        "../base",
+        "/base",
+        "org/",
+        "a--b",
+        "",
+        "x" * 97,
+    )
+    assert [is_hub_id(name) for name in names] == [True] * 3 + [False] * 7
 
 
 def a_model(folder: Path, **files: str | None) -> Path:

@@ -1,16 +1,19 @@
 """Adapter folders: which base they belong to, merging them into it, a frozen second one, two of them as one."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-import re
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -86,7 +89,16 @@ def find_base(folder: str | Path) -> str | None:
     for place in (named, beside, read_base(folder).get("base")):
         if place and Path(place).exists():
             return str(place)
-    return str(named) if re.fullmatch(r"\w[\w.-]*/[\w.-]+", named) else None
+    return str(named) if "/" in named and is_hub_id(named) else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one on the hub: `name` or `owner/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def resolve_start(config: Config) -> tuple[Config, list[str]]:
@@ -106,10 +118,10 @@ def resolve_start(config: Config) -> tuple[Config, list[str]]:
             f"model.from_scratch: random weights are not the base of an adapter, got model.adapter {folder}; leave one "
             "of them out"
         )
-    given = config.model.path
+    given, revision = config.model.path, config.model.revision
     named = find_base(folder)
-    if named is None or (given != named and _weight_files(given)):
-        check_base(folder, given, config.model.revision)
+    if named is None or (given != named and _weight_files(given, revision)):
+        check_base(folder, given, revision)
         named = given
     continues = config.model.continues
     if continues:
@@ -202,8 +214,15 @@ def base_fingerprint(path: str, revision: str | None = None) -> str:
     files = _weight_files(path, revision)
     if not files:
         raise ValueError(f"model.path: {path} holds no safetensors weights; give a model folder or a hub id")
+    stats = [(file, os.stat(file)) for file in files]
+    return _fingerprint(tuple((file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+
+
+@functools.cache  # asked for the check of an adapter's base, and for the start that a run notes down
+def _fingerprint(files: tuple[tuple[str, int, int, int], ...]) -> str:
+    """`base_fingerprint` of files, each with what changes when it is written again."""
     entries = {}
-    for file in files:
+    for file, *_ in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
                 entries[name] = _sampled(tensors, name)

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qwen_train.model.adapters import is_hub_id
 from qwen_train.model.load import FAMILIES
 from qwen_train.train.files import replacing_folder, write_bytes_atomic, write_file, write_tensors
 
@@ -197,7 +198,7 @@ def model_card(
     }
     if kind == "adapter":
         front["tags"] += ["lora", f"base_model:adapter:{shown}"]
-    hub_datasets = [data for data in datasets if _is_hub_id(data)]
+    hub_datasets = [data for data in datasets if _is_of_hub(data)]
     if hub_datasets:
         front["datasets"] = hub_datasets
     made = {"adapter": "A LoRA adapter for", "merged": "A LoRA adapter merged into", "full": "A fine-tuned version of"}
@@ -305,9 +306,10 @@ def _last_part(path: str) -> str:
     return Path(path.replace("\\", "/")).name
 
 
-def _is_hub_id(name: str) -> bool:
-    plain = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    return plain is not None and Path(name).suffix not in (".json", ".jsonl", ".parquet") and not Path(name).exists()
+def _is_of_hub(name: str) -> bool:
+    """Whether a source of data is a set on the hub."""
+    is_file = Path(name).suffix in (".json", ".jsonl", ".parquet") or Path(name).exists()
+    return "/" in name and is_hub_id(name) and not is_file
 
 
 def shown_path(name: str) -> str:

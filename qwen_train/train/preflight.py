@@ -16,9 +16,9 @@ from transformers.utils.hub import has_file
 
 from qwen_train.config import HEADS, DPOConfig, SFTConfig, reference_source
 from qwen_train.data.formats import one_line
+from qwen_train.model.adapters import is_hub_id
 from qwen_train.model.load import load_model_config
 
-HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -72,7 +72,7 @@ def _check_folder(field: str, path: str) -> None:
                 )
     elif folder.exists():
         raise ValueError(f"{field}: {path} is a file; give the folder of the model")
-    elif not HUB_ID.fullmatch(path):
+    elif not is_hub_id(path):
         raise ValueError(f"{field}: the folder {path} does not exist; give a model's folder or hub id")
 
 
