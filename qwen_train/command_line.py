@@ -34,6 +34,7 @@ from qwen_train.config import (
     field_types,
     reference_source,
     sections_of,
+    to_yaml,
 )
 from qwen_train.config_errors import nearest, one_line
 
@@ -75,8 +76,8 @@ def print_errors(message: str) -> None:
 def load_config(config_class: type[Config], argv: Sequence[str], embedded: bool = True) -> tuple[Config, list[str]]:
     """Config of a command line, and warnings about it; `run.name` is always filled in.
 
-    With no `--config` in argv the embedded tiny YAML is put first (unless `embedded` is false). `--help` and
-    `--print_config` print and exit. Raises ValueError with one line a problem.
+    With no `--config` in argv the embedded tiny YAML is put first (unless `embedded` is false). `--help` prints and
+    exits; so does `--print_config`, without a made-up name. Raises ValueError with one line a problem.
     """
     try:
         return _load_config(config_class, list(argv), embedded)
@@ -94,7 +95,7 @@ def _shortened(line: str) -> str:
 
 
 def _load_config(config_class: type[Config], argv: list[str], embedded: bool) -> tuple[Config, list[str]]:
-    named, argv = _config_apart(argv)
+    prints, (named, argv) = "--print_config" in argv, _config_apart(argv)
     by_default = not named and embedded
     files = [EMBEDDED[config_class]] if by_default else [Path(path) for path in named]
     in_files = set().union(*(_file_keys(path, config_class) for path in files)) if files else set()
@@ -102,6 +103,8 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
     on_command_line = {option for option in options if "." in option}
     for section in sections_of(config_class).keys() & set(options):
         raise ValueError(f"{section}: is a section; give its fields, as --{section}.field value, or a file as --config")
+    if config_class is DPOConfig and named and task_of(named, argv) == "sft":
+        raise ValueError(_no_config_of_dpo(files[-1]))
     config = _parsed(config_class, files, _one_length(argv, in_files, on_command_line))
     notices: list[str] = []
     if files and files[0] == EMBEDDED[config_class]:
@@ -113,19 +116,27 @@ def _load_config(config_class: type[Config], argv: list[str], embedded: bool) ->
             notices += more
         if by_default and on_command_line & OWN_DATA:
             notices.insert(0, _of_the_demo(config, on_command_line))
-    if config.run.name is None:
+    if config.run.name is None and not prints:
         stem = files[-1].stem if files else config_class.__name__.removesuffix("Config").lower()
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         MADE_UP.add(name)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     notices += _kept_of_files(config, on_command_line, in_files)
-    return config, notices + _judge_idle(config, on_command_line, in_files)
+    notices += _judge_idle(config, on_command_line, in_files)
+    if prints:  # not by jsonargparse, which knows nothing of what is done above
+        print_warnings(notices)
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config, notices
 
 
 def build_parser(config_class: type[Config]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=config_class.__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = jsonargparse.ArgumentParser(
+        description=config_class.__doc__, exit_on_error=False, allow_abbrev=False, print_config=None
+    )
     parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win.")
+    parser.add_argument("--print_config", action="store_true", help="Print what files and options come to, and exit.")
     parser.add_class_arguments(config_class)
     for action in parser._actions:
         if action.dest in sections_of(config_class):
@@ -146,7 +157,7 @@ def _parsed(config_class: type[Config], files: Sequence[Path], argv: Sequence[st
         texts = [*argv, *(path.read_text() for path in files)]
         names = (match[1] for text in texts for match in re.finditer(r"([\w.]+)(?:=|: *)-?\d{300,}", text))
         raise ValueError(f"{next(names, 'a number')}: is beyond 1e308; give a smaller number") from None
-    fields.pop("config", None)
+    del fields["config"], fields["print_config"]
     return config_class(**fields)
 
 
@@ -286,7 +297,8 @@ def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
     sections, names = sections_of(config_class), set()
     for section, fields in _read_yaml(path).items():
         if config_class is SFTConfig and section in ("loss", "reference"):
-            raise ValueError(f"{section}: {path} is a config of DPO; give it to launch/dpo.py")
+            like = _counterpart(path, "dpo", "sft")
+            raise ValueError(f"{section}: {path} is a config of DPO; give it to launch/dpo.py, or take {like}")
         if section not in sections:
             raise ValueError(f"{section}: no such section in {path}{nearest(str(section), list(sections))}")
         if not isinstance(fields, dict):
@@ -298,6 +310,20 @@ def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
         if name not in field_types(config_class):
             raise ValueError(f"{name}: no such field in {path}{nearest(name, list(field_types(config_class)))}")
     return names
+
+
+def _no_config_of_dpo(path: Path) -> str:
+    """Of files that say nothing of a loss: their rate, rank and name of the run are most likely SFT's."""
+    return (
+        f"--config: {path} is no config of DPO: nothing says loss or reference; give it to launch/sft.py, take "
+        f"{_counterpart(path, 'sft', 'dpo')}, or add --loss.name sigmoid if it is meant"
+    )
+
+
+def _counterpart(path: Path, task: Kind, other: Kind) -> str:
+    """The shipped config for the other task that is most like a file."""
+    like = REPOSITORY / "configs" / path.name.replace(task, other)
+    return f"configs/{like.name if like.is_file() else f'{other}_qwen2.5_7b_lora.yaml'}"
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

@@ -28,6 +28,7 @@ HEADS = ("lm_head", "embed_tokens")
 """Last names of the modules beside the decoder layers, on which no adapter is trained."""
 EVAL_FIELDS = ("eval_every", "eval_samples", "eval_sample_tokens")
 MAX_STEPS = 10**9  # of a run: three years at 10 a second; dates and clocks end a few powers of ten above
+MAX_SEQUENCES = 10**6  # of a step: some hundred million tokens; who writes more means the rows of the data, or tokens
 
 
 def _refuse(problems: Sequence[str | None]) -> None:
@@ -247,8 +248,9 @@ class BatchConfig:
         _refuse(
             [
                 _unless(
-                    self.sequences_per_step > 0,
-                    f"batch.sequences_per_step: must be > 0, got {self.sequences_per_step}; try 32",
+                    0 < self.sequences_per_step <= MAX_SEQUENCES,
+                    f"batch.sequences_per_step: must be in [1, {MAX_SEQUENCES:,}], got {self.sequences_per_step}; try "
+                    "32",
                 ),
                 _unless(
                     tokens == "auto" or tokens > 0,

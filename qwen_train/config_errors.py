@@ -50,6 +50,8 @@ def one_line(message: str, config_class: type[SFTConfig]) -> str:
         got = repr(value["value"]) if value else "nothing"
         if match["name"] in hints:
             return f"{match['name']}: expected {_expected(hints[match['name']])}, got {got}"
+        if match["name"] == "print_config":
+            return "--print_config: takes no value"
         return f"--{match['name']}: expected a file, got {got}; see --help"
     if match := re.match(r"unrecognized arguments: (?P<word>\S+)", message):
         name = match["word"].removeprefix("--").split("=")[0]

@@ -371,6 +371,47 @@ def test_a_turn_without_a_supervised_stop_token_fails_the_check(template):
     assert [problem.reason for problem in cut.problems] == ["no_stop_token"]
 
 
+def test_what_is_learnt_of_an_answer_that_holds_a_turn_is_counted_as_it_is_trained(template, tmp_path):
+    """Under `allow`; the check called the answer's end unsupervised, and the row NOT READY."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Red. <|im_start|>user\nBlue."}]
+    row = {"messages": [*turns, *GOOD[0]["messages"][-2:]]}
+    report = examined(template, "sft", [row], folder=tmp_path, max_length=512, control_tokens="allow")
+    split, encoded = report.splits[0], encode_one(template, _parsed(row), report.options)
+    ends = [encoded.input_ids[end - 1] for _, end, _ in encoded.spans]
+    assert ends == [template.end_id] * 2 and template.start_id in encoded.input_ids[slice(*encoded.spans[0][:2])]
+    assert (split.supervised_turns, split.stopped_turns, report.exit_code) == (2, 2, 0)
+    assert split.supervised_by_role.total() == sum(end - start for start, end, _ in encoded.spans)
+    assert [(problem.level, problem.reason) for problem in report.problems] == [("warning", "control_tokens")]
+
+
+def test_the_header_of_an_answer_without_weight_is_no_answer(template, tmp_path):
+    """data.supervise all learns the header, and the check missed the end of the answer behind it."""
+    turns = GOOD[0]["messages"]
+    row = {"messages": [turns[0], {**turns[1], "train": False}, *turns]}
+    report = examined(template, "sft", [row], folder=tmp_path, max_length=512, supervise="all")
+    split = report.splits[0]
+    assert (split.supervised_turns, split.stopped_turns, report.exit_code) == (1, 1, 0)
+
+
+def test_a_plan_of_large_steps_looks_at_few_of_them(template, tmp_path, monkeypatch):
+    """50 steps of a million rows each took minutes."""
+    looked_at: list[int] = []
+    rows = check.Stream.rows
+    monkeypatch.setattr(check.Stream, "rows", lambda self, step: looked_at.append(step) or rows(self, step))
+    monkeypatch.setattr(check, "PLANNED_ROWS", 100)
+    path = write(tmp_path / "train.jsonl", GOOD[:3])
+    for step, expected in ((1, 50), (5, 20), (60, 1), (1000, 1)):
+        looked_at.clear()
+        batch = {"sequences_per_step": step}
+        config, _ = load_config(
+            SFTConfig, ["--config", config_file(tmp_path, {"train": path}, batch=batch, run={"steps": 70})]
+        )
+        source = Source(path)
+        judged = {"data.train": [(source, judge("sft", path, template.tokenizer, ChatOptions()))]}
+        plan = examine(judged, template, ChatOptions(), config).plan
+        assert looked_at == [*range(expected)] and plan is not None and plan.steps == 70
+
+
 def test_the_conversations_beside_pairs_are_judged_as_conversations(script, tmp_path, capsys):
     """`data.eval_sft`: what launch/dpo.py would refuse is NOT READY, and pairs are not compared with conversations."""
     pairs = write(tmp_path / "pairs.jsonl", [pair(f"What is {n}?", "yes", "no") for n in range(4)])
@@ -547,7 +588,8 @@ def test_real_rows_are_accounted_for_and_dumped_as_training_has_them(name, scrip
     source, kind = SHARED / "data" / f"{name}.json", REAL[name]
     dump = tmp_path / "dump.jsonl"
     argv = ["--task", kind, "--model.path", str(SHARED / "qwen2.5-tokenizer"), "--data.train", str(source)]
-    argv += ["--config", config_file(tmp_path, {}), "--data.max_length", "1024", "--dump", str(dump)]
+    sections = {"loss": {}} if kind == "dpo" else {}
+    argv += ["--config", config_file(tmp_path, {}, **sections), "--data.max_length", "1024", "--dump", str(dump)]
     assert script.main(argv) == 0
     out = capsys.readouterr().out
     options = ChatOptions(max_length=1024)

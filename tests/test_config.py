@@ -173,6 +173,44 @@ def test_config_of_a_run_is_read_back(tmp_path: Path):
     assert warnings == [] and (again.optim.lr, again.run.steps, again.run.name) == (3e-4, 7, "tiny-sft")
 
 
+def printed(config_class: type[SFTConfig], capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[Any, str]:
+    """What `--print_config` prints, as values, and what it says beside it."""
+    with pytest.raises(SystemExit) as leaving:
+        load_config(config_class, [*argv, "--print_config"])
+    assert leaving.value.code == 0
+    said = capsys.readouterr()
+    return yaml.safe_load(said.out), said.err
+
+
+@pytest.mark.parametrize("config_class", [SFTConfig, DPOConfig])
+@pytest.mark.parametrize("argv", [[], ["--data.train=my.jsonl"], ["--data.train=my.jsonl", "--data.eval=held.jsonl"]])
+def test_what_is_printed_is_what_would_be_trained(
+    config_class: type[SFTConfig],
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """The embedded default's evaluation was printed beside own rows, and paths that are not where one stands."""
+    monkeypatch.chdir(tmp_path)
+    config, warnings = load_config(config_class, argv)
+    values, said = printed(config_class, capsys, *argv)
+    assert values == as_dict(config) and said == "".join(f"warning: {line}\n" for line in warnings)
+    assert values["data"]["eval"] == {0: str(TINY / f"{values['run']['name'][5:]}_eval.jsonl"), 1: None}.get(
+        len(argv), "held.jsonl"
+    )
+    with pytest.raises(ValueError, match=r"^model\.adapter_start: has no effect"):
+        load_config(config_class, ["--print_config", "--model.adapter_start=merge", *argv, "--model.adapter=null"])
+
+
+def test_a_made_up_name_is_not_printed(capsys: pytest.CaptureFixture[str]):
+    """Whoever saved it as a config would go on with one run for ever."""
+    values, _ = printed(SFTConfig, capsys, "--run.name=null")
+    assert values["run"]["name"] is None and load_config(SFTConfig, ["--run.name=null"])[0].run.name is not None
+    with pytest.raises(ValueError, match=r"^--print_config: takes no value$"):
+        load_config(SFTConfig, ["--print_config=skip_null"])
+
+
 def test_a_run_without_a_name_gets_one_that_can_be_told(tmp_path: Path):
     """The config's stem and the time; the names that the shipped configs give are none of that kind."""
     (tmp_path / "mine.yaml").write_text("data: {train: a.jsonl}\n")
@@ -314,6 +352,8 @@ MISTAKES = [
     ("--data.train=", "data.train: no training data named; give a file, folder or hub id"),
     ("--data.train={a: x}", "data.train: expected a path or a list, got {a: x}; write it as [a.jsonl, {b.jsonl: 2}]"),
     ("--data.max_length=1", "data.max_length: must be > 1 token, got 1; try 4096"),
+    ("--batch.sequences_per_step=0", "batch.sequences_per_step: must be in [1, 1,000,000], got 0; try 32"),
+    ("--batch.sequences_per_step=2000000", "batch.sequences_per_step: must be in [1, 1,000,000], got 2000000; try 32"),
     ("--run.epochs=1 --run.steps=2", "run.steps: got both steps 2 and epochs 1.0; give one of them"),
     ("--run.steps=0", "run.steps: must be in [1, 1,000,000,000], got 0; try 100"),
     (f"--run.steps={10**18}", f"run.steps: must be in [1, 1,000,000,000], got {10**18}; try 100"),
@@ -351,7 +391,10 @@ BAD_FILES = [
     ("learning_rate: 1\n", "learning_rate: no such section in bad.yaml; did you mean optim.lr?"),
     ("lora: {lora_alpha: 1}\n", "lora.lora_alpha: no such field in bad.yaml; did you mean lora.alpha?"),
     ("zzz: {beta: 1}\n", "zzz: no such section in bad.yaml; there are model, lora, data, batch, optim, run"),
-    ("loss: {beta: 1}\n", "loss: bad.yaml is a config of DPO; give it to launch/dpo.py"),
+    (
+        "loss: {beta: 1}\n",
+        "loss: bad.yaml is a config of DPO; give it to launch/dpo.py, or take configs/sft_qwen2.5_7b_lora.yaml",
+    ),
     ("optim: {lrr: 1}\n", "optim.lrr: no such field in bad.yaml; did you mean optim.lr?"),
     ("optim: {lr: abc}\n", "optim.lr: expected a number, got 'abc'"),
     ("- a\n", "--config: bad.yaml must hold sections such as `model:`, got list"),
@@ -442,8 +485,22 @@ def test_switching_off_what_is_off_is_no_mistake(tmp_path: Path):
         load_config(DPOConfig, ["--data.eval", "null", "--data.eval_sft", "x.jsonl"])
 
 
-def test_a_config_of_dpo_is_named_as_such():
-    with pytest.raises(ValueError, match=r"tiny/dpo\.yaml is a config of DPO; give it to launch/dpo\.py$"):
+def test_a_config_of_the_other_task_is_named_with_the_one_to_take():
+    """A config of SFT ran DPO with SFT's rate and rank, in the folder of the SFT run."""
+    for name in ("7b_qlora", "14b_lora"):
+        sft, dpo = (f"configs/{task}_qwen2.5_{name}.yaml" for task in ("sft", "dpo"))
+        with pytest.raises(ValueError) as caught:
+            load_config(SFTConfig, ["--config", str(ROOT / dpo)])
+        assert str(caught.value) == f"loss: {ROOT / dpo} is a config of DPO; give it to launch/dpo.py, or take {sft}"
+        with pytest.raises(ValueError) as caught:
+            load_config(DPOConfig, ["--config", str(ROOT / sft), "--data.train=pairs.jsonl"])
+        assert str(caught.value) == (
+            f"--config: {ROOT / sft} is no config of DPO: nothing says loss or reference; give it to launch/sft.py, "
+            f"take {dpo}, or add --loss.name sigmoid if it is meant"
+        )
+    for said in ("--loss.name=sigmoid", "--loss.beta=0.1", f"--config={ROOT / dpo}"):
+        assert load_config(DPOConfig, ["--config", str(ROOT / sft), said])[0].lora.r in (32, 64)
+    with pytest.raises(ValueError, match=r"or take configs/sft_qwen2\.5_7b_lora\.yaml$"):
         load_config(SFTConfig, ["--config", str(EMBEDDED[DPOConfig])])
 
 

@@ -43,6 +43,8 @@ NO_LIMIT = 2**31 - 1
 IGNORE_INDEX = -100
 MAX_BINS = 20
 PLANNED_STEPS = 50
+PLANNED_ROWS = 100_000
+"""Of the planned steps: about a second."""
 MAX_KEYS = 100
 """Different unread keys of a split that are counted; rows may be keyed by anything."""
 LISTED_NOTES = {
@@ -348,19 +350,20 @@ class _Reader:
         split.chosen_lengths.append(len(ids) - last_turn)
 
     def _count_turns(self, ids: np.ndarray, supervised: np.ndarray) -> int:
-        """Tokens by role and stop-token coverage; returns where the last assistant turn begins."""
-        split, last_turn = self.split, 0
+        """Tokens by role and stop-token coverage; returns where the last assistant turn begins.
+
+        An answer is what training takes for one: under `allow` the text of one may hold turns of its own.
+        """
+        split = self.split
         before = np.concatenate(([0], np.cumsum(supervised))).tolist()
-        stops = np.concatenate(([0], np.cumsum((ids == self.template.end_id) & supervised))).tolist()
         for role, start, end in self.template.role_spans(ids):
-            learnt = before[end] - before[start]
             split.tokens_by_role[role] += end - start
-            split.supervised_by_role[role] += learnt
-            if role == "assistant":
-                last_turn = start
-                split.supervised_turns += learnt > 0
-                split.stopped_turns += stops[end] > stops[start]
-        return last_turn
+            split.supervised_by_role[role] += before[end] - before[start]
+        answers = self.template.assistant_spans(ids)
+        for start, end in answers:
+            split.supervised_turns += before[end] > before[start]
+            split.stopped_turns += bool(supervised[end - 1])
+        return answers[-1][0] - len(self.template.header) if answers else 0
 
     def _preference(self, encoded: EncodedPreference, source: SourceCounts) -> None:
         split = self.split
@@ -521,7 +524,8 @@ def _plan(train: Split, config: SFTConfig, problems: _Problems) -> Plan | None:
     if stream.repeats:
         problems.add(train, "warning", train.place(0), "repeated_rows", stream.repeats)
     steps = stream.total_steps
-    looked_at = [lengths[stream.rows(step)] for step in range(min(steps, PLANNED_STEPS))]
+    planned = min(steps, PLANNED_STEPS, max(1, PLANNED_ROWS // stream.sequences_per_step))
+    looked_at = [lengths[stream.rows(step)] for step in range(planned)]
     microbatches = None
     if budget != "auto":
         microbatches = float(np.mean([len(plan_microbatches(step, budget, 1)) for step in looked_at]))
