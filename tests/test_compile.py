@@ -14,7 +14,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor import compile_fx
 
 from qwen_train.data.packing import Batch, pack_pairs, pack_sequences
-from qwen_train.model import compile, logprobs, lora
+from qwen_train.model import compile, fuse, logprobs, lora
 from qwen_train.model.compile import Fallback, compiled_graphs
 from qwen_train.model.logprobs import token_logprobs
 from tests.test_lora import build, farthest, logps_and_gradients, make_batch
@@ -220,13 +220,13 @@ def test_a_part_that_is_left_out_is_said(
         logps_and_gradients(whole, batch)
         assert warnings_in(caplog) == [] and compiled_graphs() == 2
         torch._dynamo.reset()
-        forward = lora._norm_forward
+        forward = fuse._norm_forward
 
         def broken(norm: Any, x: Any) -> Any:
             torch._dynamo.graph_break()
             return forward(norm, x)
 
-        monkeypatch.setattr(lora, "_norm_forward", broken)
+        monkeypatch.setattr(fuse, "_norm_forward", broken)
         model = build(monkeypatch, compile=True, checkpoint_layers=recomputed)
         before = compiled_graphs()
         for _ in range(2):

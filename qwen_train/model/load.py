@@ -35,8 +35,8 @@ from qwen_train.model.adapters import (
     merge_adapter,
     read_adapter_config,
 )
+from qwen_train.model.fuse import fuse_lora, fuse_norms
 from qwen_train.model.kernel_check import check_kernels, trusted_attention
-from qwen_train.model.lora import fuse_lora, fuse_norms
 from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM
 

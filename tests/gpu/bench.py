@@ -50,7 +50,7 @@ from qwen_train.data.stream import (
 )
 from qwen_train.data.tokenize import tokenize
 from qwen_train.loss.preference import LossConfig, preference_loss
-from qwen_train.model import kernels, last_layer, load, logprobs, lora
+from qwen_train.model import fuse, kernels, last_layer, load, logprobs
 from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.packed import PackedLM
 from qwen_train.train.distributed import Run
@@ -80,18 +80,6 @@ DEFAULTS = {
     "profile": False,
 }
 CASES = {"sft": {}, "dpo": {"rank": 32, "sequences": 48}}
-OFF = {
-    "lora": "PEFT's own forward of each adapter, transformers' own modules",
-    "feed_forward": "gate|up and down as two operations with the product of Inductor between them",
-    "rotary": "transformers' rotary embeddings and copies",
-    "norms": "transformers' RMSNorm",
-    "wide": "adapters of gate|up added by the product's kernel, not by a longer sum in its GEMM",
-    "open": "the residual stream's gradient added in a pass of its own",
-    "rows": "the last layer's feed-forward at all positions",
-    "head": "the head's softmax by torch.compile",
-    "supervised": "the head at all positions",
-}
-ALL_FUSED = lora.FUSED
 
 
 def parse_case(text: str) -> dict:
@@ -182,25 +170,7 @@ def padded(batch: Batch) -> Batch:
     )
 
 
-def take_out(names: str) -> None:
-    """Switch parts of the model off (their names with + between them), and the others on again."""
-    off = set(filter(None, names.split("+")))
-    assert off <= OFF.keys(), f"{off - OFF.keys()}: one of {', '.join(OFF)}"
-    lora.FUSED = ALL_FUSED - off
-    load.fuse_lora = lora.fuse_lora if "lora" not in off else lambda *_, **__: None
-    load.fuse_norms = lora.fuse_norms if "lora" not in off else lambda *_: None
-    logprobs.ONE_KERNEL = "head" not in off
-    kernels.OPEN_BACKWARD = "open" not in off
-    last_layer.forward = LAST_LAYER if "rows" not in off else whole_last_layer
-    PackedLM.forward = FORWARD if "supervised" not in off else forward_all_positions
-
-
-LAST_LAYER, FORWARD = last_layer.forward, PackedLM.forward
-
-
-def whole_last_layer(layer, hidden_states, packed_rows=None, **kwargs):
-    out = type(layer).forward(layer, hidden_states, **kwargs)
-    return out if packed_rows is None else out.index_select(1, packed_rows)
+FORWARD = PackedLM.forward
 
 
 def forward_all_positions(model: PackedLM, batch: Batch):
@@ -209,6 +179,39 @@ def forward_all_positions(model: PackedLM, batch: Batch):
     targets = torch.zeros_like(everywhere).index_copy(0, batch.target_positions, batch.targets)
     scores = FORWARD(model, replace(batch, target_positions=everywhere, targets=targets))
     return type(scores)(*(value.index_select(0, batch.target_positions) for value in scores))
+
+
+def whole_last_layer(layer, hidden_states, packed_rows=None, **kwargs):
+    out = type(layer).forward(layer, hidden_states, **kwargs)
+    return out if packed_rows is None else out.index_select(1, packed_rows)
+
+
+def nothing(*_, **__) -> tuple[()]:
+    """No module is fused, no layer counts as one that can be."""
+    return ()
+
+
+OFF = {
+    "lora": ((load, "fuse_lora", nothing), (load, "fuse_norms", nothing)),  # PEFT's forwards, transformers' modules
+    "feed_forward": ((fuse, "_fuses_mlp", nothing),),  # gate|up and down apart, Inductor's product between them
+    "rotary": ((fuse, "_fuses_attention", nothing),),  # transformers' rotary embeddings and copies
+    "norms": ((load, "fuse_norms", nothing),),  # transformers' RMSNorm
+    "wide": ((fuse, "_wide_groups", nothing),),  # adapters of gate|up by the product's kernel, not a longer sum
+    "open": ((kernels, "OPEN_BACKWARD", False),),  # the residual stream's gradient added in a pass of its own
+    "rows": ((last_layer, "forward", whole_last_layer),),  # the last layer's feed-forward at all positions
+    "head": ((logprobs, "ONE_KERNEL", False),),  # the head's softmax by torch.compile
+    "supervised": ((PackedLM, "forward", forward_all_positions),),  # the head at all positions
+}
+"""Parts that can be taken out, and what then stands in the place of what."""
+WHOLE = [(owner, name, getattr(owner, name)) for places in OFF.values() for owner, name, _ in places]
+
+
+def take_out(names: str) -> None:
+    """Take parts of the model out (their names with + between them), and put the others back."""
+    off = list(filter(None, names.split("+")))
+    assert set(off) <= OFF.keys(), f"{set(off) - OFF.keys()}: one of {', '.join(OFF)}"
+    for owner, name, value in (*WHOLE, *(place for part in off for place in OFF[part])):
+        setattr(owner, name, value)
 
 
 class Clocks(threading.Thread):
