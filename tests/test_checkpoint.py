@@ -266,6 +266,14 @@ def test_leftovers_are_cleaned_and_an_unfinished_replacement_is_put_back(tmp_pat
     assert_whole(tmp_path / "step-000001", 1)
 
 
+def test_a_new_folder_lasts_and_so_do_those_above_it(tmp_path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(files.disk, "sync_folder", synced.append)
+    for _ in range(2):
+        files.make_folder(tmp_path / "runs/a/checkpoints")
+    assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs/a"], "whatever holds a new name, once"
+
+
 # Resume under a changed config ---------------------------------------------------------------------------------------
 
 CONFIG = {

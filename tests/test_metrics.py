@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import pytest
@@ -78,6 +79,15 @@ def test_lines_are_there_as_soon_as_they_are_logged(tmp_path):
 
     assert in_child(die) == -signal.SIGKILL
     assert lines(tmp_path) == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 2.0, "eval/loss": 3.0}]
+
+
+def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_whole_lines(tmp_path):
+    with Metrics(tmp_path, 20, None, True, console=console()) as log:
+        write = log.file.write
+        log.file = Mock(wraps=log.file, closed=False, write=lambda data: write(data[:7]))
+        log.log(1, {"train/loss": 1.0})
+        log.log(2, {"train/loss": 2.0})
+    assert lines(tmp_path) == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 2.0}]
 
 
 def test_what_is_not_finite_is_null_and_never_stops_a_run(tmp_path):

@@ -52,19 +52,8 @@ def test_the_script_says_what_to_install(scripts: ScriptRunner, tmp_path: Path):
 
 
 def test_names_that_the_hub_can_have():
-    names = (
-        "gpt2",
-        "Qwen/Qwen2.5-7B",
-        "org/a_b-c.d",
-        "runs/a/adapter",
-        "../base",
-        "/base",
-        "org/",
-        "a--b",
-        "",
-        "x" * 97,
-    )
-    assert [is_hub_id(name) for name in names] == [True] * 3 + [False] * 7
+    assert all(map(is_hub_id, ("gpt2", "Qwen/Qwen2.5-7B", "org/a_b-c.d")))
+    assert not any(map(is_hub_id, ("runs/a/adapter", "../base", "/base", "org/", "a--b", "", "x" * 97)))
 
 
 def a_model(folder: Path, **files: str | None) -> Path:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import reference_source
+from qwen_train.data.scratch import beside, scratch_folder
 from qwen_train.data.stream import MicroBatches, collate_preferences, packed_lengths
 from qwen_train.loss.preference import preference_loss
 from qwen_train.model.adapters import read_adapter_config, tensor_digest
@@ -240,6 +241,17 @@ def test_the_cache_is_reused_and_never_used_when_it_is_not_whole_or_not_true(
     edit_json(cache / "manifest.json", sha256=hashlib.sha256(file.read_bytes()).hexdigest())
     assert torch.equal(again(), first)
     assert len(scored) == 3 and "nats a token" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_in_the_cache_goes(run: Run, precomputing) -> None:
+    """But not the folder of one that is still writing."""
+    config, _, reference, data, collate, lengths = precomputing
+    folder = Path(config.data.cache_dir) / "reference"
+    beside(folder / "killed").mkdir(parents=True)
+    with scratch_folder(folder / "at work") as at_work:
+        reference.of_data(run, data, collate, lengths)
+        assert len([*folder.iterdir()]) == 2 and at_work.is_dir()
+    assert len(load_file(only_cache(config) / "logps.safetensors")["logps"]) == len(data)
 
 
 def test_other_weights_other_data_and_another_dtype_have_caches_of_their_own(

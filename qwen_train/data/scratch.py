@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MARK = ".tmp-"
 LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{32}")
@@ -44,10 +44,13 @@ def _make(final: Path) -> tuple[Path, int]:
     while True:
         folder = beside(final)
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # as below
+            continue
         with contextlib.suppress(OSError):  # no locks on this file system: then nobody deletes either
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # not found and deleted by another process between the two lines above
+        if folder.exists():  # not deleted by another process, which has found it before it was locked
             return folder, lock
         os.close(lock)
 
@@ -65,7 +68,7 @@ def clean_scratch(parent: Path) -> list[Path]:
             shutil.rmtree(folder)
             deleted.append(folder)
         except OSError as error:  # somebody works in it, or it cannot be deleted
-            log.debug("%s: stays, %s", folder, error)
+            logger.debug("%s: stays, %s", folder, error)
         finally:
             os.close(lock)
     return deleted

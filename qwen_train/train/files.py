@@ -92,10 +92,16 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
                 chunk = view[start : start + CHUNK_BYTES]
                 digest.update(chunk)
                 size += len(chunk)
-                while chunk:  # an unbuffered write may take only a part
-                    chunk = chunk[disk.write(file, chunk) :]
+                write_all(file, chunk)
         disk.sync(file)
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write to an unbuffered file, which may take only a part at a time (on a disk that is nearly full, say)."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[disk.write(file, rest) :]
 
 
 def tensor_pieces(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
@@ -163,7 +169,8 @@ def finite(value: Any) -> Any:
 def make_folder(path: Path) -> None:
     """Make a folder that lasts, and those above it, unless it is there."""
     if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
         disk.sync_folder(path.parent)
 
 

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from qwen_train.model.compile import compiled_graphs
 from qwen_train.model.memory import Shape
 from qwen_train.train.checkpoint import set_aside
-from qwen_train.train.files import finite, write_bytes_atomic
+from qwen_train.train.files import finite, write_all, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -137,7 +137,7 @@ class Metrics:
         else:
             self.last_step, self.last_line, self.last_offset = step, {"step": step}, self.file.seek(0, os.SEEK_END)
         self.last_line |= {name: finite(float(value)) for name, value in values.items()}
-        self.file.write(json.dumps(self.last_line).encode() + b"\n")
+        write_all(self.file, json.dumps(self.last_line).encode() + b"\n")
         self._show(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:

@@ -10,6 +10,7 @@ Letters: S supervised tokens, N sequences of a batch (two a pair: 2i is chosen, 
 import dataclasses
 import importlib.metadata
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from qwen_train.config import DPOConfig, reference_source
 from qwen_train.data.digest import file_sha256, json_sha256
 from qwen_train.data.packing import Batch, IntArray, pack_pairs
+from qwen_train.data.scratch import clean_scratch, scratch_folder
 from qwen_train.data.stream import Collate, MicroBatches, plan_microbatches
 from qwen_train.data.tokenize import TokenDataset
 from qwen_train.loss.preference import Pairs
@@ -32,12 +34,14 @@ from qwen_train.model.load import load_model, load_tokenizer
 from qwen_train.model.memory import microbatch_tokens
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import replacing_folder, write_file, write_tensors
+from qwen_train.train.files import install_folder, write_file, write_tensors
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.progress import Progress, accept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 RefLogps = Callable[[Batch], Tensor | None]
 """Batch -> summed log-probability of each sequence under the reference, float64 [N]; None: the loss has none."""
@@ -270,10 +274,13 @@ def _read_table(cache: Path, num_rows: int) -> tuple[Tensor | None, str | None]:
 
 
 def _write_table(cache: Path, table: Tensor, parts: dict[str, str | None]) -> None:
+    for left in clean_scratch(cache.parent):
+        logger.warning("%s: deleted, left by a process that died while writing it", left)
     try:
-        with replacing_folder(cache) as temporary:
+        with scratch_folder(cache) as temporary:
             entry = write_tensors(temporary / "logps.safetensors", {"logps": table})
             write_file(temporary / "manifest.json", [json.dumps({**entry, "parts": parts}, indent=1).encode()])
+            install_folder(temporary, cache)
     except OSError as error:
         raise ValueError(
             f"data.cache_dir: the reference's log-probs cannot be written to {cache} ({error.strerror}); free space, "
