@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_train.config import DPOConfig, reference_source
+from qwen_train.config import DPOConfig
 from qwen_train.data.packing import Batch
 from qwen_train.data.sources import find_sources
 from qwen_train.data.stream import (
@@ -38,7 +38,7 @@ from qwen_train.train.evaluate import (
     side_by_side,
     under,
 )
-from qwen_train.train.folder import open_run, record_config, require_shared
+from qwen_train.train.folder import enter_run, record_config
 from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -66,13 +66,9 @@ def train(config: DPOConfig, run: Run) -> None:
     tokenizer = load_tokenizer(config.model)
     shape = load_model_config(config.model)
     check_reference(config, tokenizer)
-    folder = run.from_main(lambda: open_run(config))
-    run.note(f"run: {folder.path}", *notes, *folder.notes)
+    folder = enter_run(run, config, notes)
     if folder.finished:
-        run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
         return
-
-    require_shared(run, folder)
 
     # -- data ---------------------------------------------------------------------------------------------------------
     data = load_split(run, config, "data.train", tokenizer)
@@ -104,10 +100,7 @@ def train(config: DPOConfig, run: Run) -> None:
         run.note(f"warning: {stream.repeats}")
 
     # -- model, reference and optimizer, fresh or from a checkpoint ---------------------------------------------------
-    frozen_copy = reference_source(config) == "start_adapter"
-    model = run.prepare(
-        load_model(config, tokenizer, run.device, folder.base, run.is_main, frozen_copy, sharded=run.sharded)
-    )
+    model = run.prepare(load_model(config, tokenizer, run.device, folder.base, run.is_main, sharded=run.sharded))
     reference = Reference(config, model, tokenizer, run, folder.base)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     progress = restore(run, folder, model, optimizer, data, stream)

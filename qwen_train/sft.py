@@ -17,7 +17,7 @@ from qwen_train.model.packed import num_adapter_parameters
 from qwen_train.output.result import write_result
 from qwen_train.train.distributed import Run
 from qwen_train.train.evaluate import HOW_TO_READ_SFT, evaluate_sft, hold_out, sample_answers
-from qwen_train.train.folder import open_run, record_config, require_shared
+from qwen_train.train.folder import enter_run, record_config
 from qwen_train.train.guard import Guard
 from qwen_train.train.metrics import Metrics, Throughput, flops_per_token
 from qwen_train.train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -35,13 +35,9 @@ def train(config: SFTConfig, run: Run) -> None:
     find_sources(config)  # before anything asks the hub
     config, notes = resolve_start(config)
     preflight(config)
-    folder = run.from_main(lambda: open_run(config))
-    run.note(f"run: {folder.path}", *notes, *folder.notes)
+    folder = enter_run(run, config, notes)
     if folder.finished:
-        run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
         return
-
-    require_shared(run, folder)
 
     # -- data ---------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.model)

@@ -75,6 +75,20 @@ class RunFolder:
         return self.path / "base"
 
 
+def enter_run(run: Run, config: SFTConfig, notes: Sequence[str]) -> RunFolder:
+    """The folder of `config`'s run (`open_run`), for all ranks; says where it is and, with `notes`, how it starts.
+
+    Raises ValueError for a run.dir that other machines do not see, where they have to read or write checkpoints.
+    """
+    folder = run.from_main(lambda: open_run(config))
+    run.note(f"run: {folder.path}", *notes, *folder.notes)
+    if folder.finished:
+        run.note(f"{folder.path} is finished; to train again delete it or choose another run.name")
+    elif run.world_size > 1 and (run.sharded or folder.checkpoint):
+        _require_shared(run, folder)
+    return folder
+
+
 def open_run(config: SFTConfig) -> RunFolder:
     """The folder of `config`'s run, made or found again, and marked as running. Rank 0 only.
 
@@ -237,10 +251,8 @@ def _read_history(path: Path) -> tuple[str, ...]:
     return tuple(line.removeprefix("# ") for line in lines if line.startswith(f"# {CHANGED}"))
 
 
-def require_shared(run: Run, folder: RunFolder) -> None:
-    """Refuse (ValueError) a run.dir that other machines do not see, where they have to read or write checkpoints."""
-    if run.world_size == 1 or not (run.sharded or folder.checkpoint):
-        return
+def _require_shared(run: Run, folder: RunFolder) -> None:
+    """Refuse (ValueError) a run.dir that other machines do not see."""
     place, deadline = folder.path / "run_id", time.monotonic() + SHARED_SECONDS
     while not (place.exists() and place.read_text() == folder.run_id) and time.monotonic() < deadline:
         time.sleep(0.5)
