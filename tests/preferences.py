@@ -68,9 +68,9 @@ def dpo_config(*arguments: str) -> DPOConfig:
     return config
 
 
-def load(config: DPOConfig, frozen_copy: bool = False, device: str = "cpu") -> PackedLM:
+def load(config: DPOConfig, device: str = "cpu") -> PackedLM:
     tokenizer = load_tokenizer(config.model)
-    return load_model(config, tokenizer, torch.device(device), Path("/nonexistent"), True, frozen_copy)
+    return load_model(config, tokenizer, torch.device(device), Path("/nonexistent"), True)
 
 
 def disturb(model: PackedLM, scale: float = 0.05, seed: int = 0) -> None:

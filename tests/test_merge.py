@@ -19,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_train.config import DPOConfig, LoraConfig
 from qwen_train.data.packing import Batch
-from qwen_train.model import adapters
-from qwen_train.model import load as load_module
+from qwen_train.model import adapters, weights
 from qwen_train.model.adapters import (
     base_fingerprint,
     check_template,
@@ -29,9 +28,10 @@ from qwen_train.model.adapters import (
     merge_adapter,
     resolve_start,
 )
-from qwen_train.model.load import _adapted, load_model, load_model_config, load_tokenizer, place_of_weights
+from qwen_train.model.load import _with_adapter, load_model, load_model_config, load_tokenizer
 from qwen_train.model.packed import load_trainable, trainable_parameters
 from qwen_train.model.shapes import known_shape
+from qwen_train.model.weights import base_weights, place_of_weights
 from qwen_train.output.merge import device_with_room, load_plainly, packed, score, write_joined
 from tests.preferences import (
     batch_of,
@@ -116,7 +116,7 @@ def nf4_start(start: Path, base: str) -> DPOConfig:
 
 def test_an_nf4_merge_start_is_never_whole_on_the_gpu(start: Path, base: str, monkeypatch, tmp_path: Path) -> None:
     """Without room there it is read and merged on the CPU, each layer quantised on its way; meta stands for a GPU."""
-    monkeypatch.setattr(load_module, "place_of_weights", lambda *_, **__: CPU)
+    monkeypatch.setattr(weights, "place_of_weights", lambda *_, **__: CPU)
     config, gpu = nf4_start(start, base), torch.device("meta")
     maps, sent = [], []
     read, to = AutoModelForCausalLM.from_pretrained, bnb.nn.Params4bit.to
@@ -134,7 +134,8 @@ def test_an_nf4_merge_start_is_never_whole_on_the_gpu(start: Path, base: str, mo
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", reading)
     monkeypatch.setattr(bnb.nn.Params4bit, "to", sending)
     shape = load_model_config(config.model)
-    lm = _adapted(config, shape, load_tokenizer(config.model), gpu, tmp_path / "base", False, False)
+    tokenizer = load_tokenizer(config.model)
+    lm = _with_adapter(base_weights(config, shape, tokenizer, gpu, tmp_path / "base", False, on_cpu=False), config)
     assert maps == [{"": CPU}]
     assert sent == [(CPU, torch.bfloat16, gpu)] * (7 * shape.num_hidden_layers)
     rest = [name for name, p in lm.named_parameters() if p.device == CPU and "lora_" not in name]
@@ -146,7 +147,7 @@ def test_an_nf4_merge_start_quantises_the_merged_weights(
     place: str, device: str, start: Path, base: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever they are merged. Training steps and adapters written change no byte of them."""
-    monkeypatch.setattr(load_module, "place_of_weights", lambda *_, **__: torch.device(place))
+    monkeypatch.setattr(weights, "place_of_weights", lambda *_, **__: torch.device(place))
     model = load(nf4_start(start, base), device=device)
     optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
     before = {name: tensor.clone() for name, tensor in trainable_parameters(model).items()}
@@ -217,12 +218,11 @@ def test_weights_of_nf4_are_whole_where_there_is_room(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: cards)
     shape, gpu, base = known_shape("Qwen/Qwen2.5-7B"), torch.device("cuda"), tmp_path / "base"
     drawn = dpo_config("--model.from_scratch", "true", "--model.quantization", "nf4", "--model.dtype", "bfloat16")
-    assert place_of_weights(drawn, shape, gpu, base).type == place
+    assert place_of_weights(drawn, shape, gpu, base, draws=True).type == place
     dense = dpo_config("--model.from_scratch", "true")
-    assert place_of_weights(dense, shape, gpu, base) == gpu
-    base.mkdir()
-    assert place_of_weights(drawn, shape, gpu, base) == gpu
-    assert place_of_weights(nf4_start(start, str(base)), shape, gpu, base).type == place
+    assert place_of_weights(dense, shape, gpu, base, draws=True) == gpu
+    assert place_of_weights(drawn, shape, gpu, base, draws=False) == gpu
+    assert place_of_weights(nf4_start(start, str(base)), shape, gpu, base, draws=False).type == place
 
 
 def test_a_plain_copy_is_on_the_card_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,16 +16,16 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwen_train import sft
 from qwen_train.command_line import load_config
-from qwen_train.config import SFTConfig
+from qwen_train.config import ModelConfig, SFTConfig
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
-from qwen_train.model import load
-from qwen_train.model.load import load_model, load_tokenizer, special_tokens
+from qwen_train.model.load import load_model, load_model_config, load_tokenizer, special_tokens
 from qwen_train.model.memory import estimate_memory, with_candidate
 from qwen_train.model.packed import PackedLM, num_adapter_parameters, trainable_parameters
+from qwen_train.model.weights import _write_base
 from qwen_train.output.merge import load_plainly
 from qwen_train.train.distributed import Run
 from qwen_train.train.script import _explained
@@ -636,7 +637,7 @@ def test_a_base_that_cannot_be_written(world: World, tmp_path: Path, monkeypatch
     lm, base = world.load().causal_lm, tmp_path / "base"
     monkeypatch.setattr(type(lm), "save_pretrained", failing)
     with pytest.raises(OSError, match="the base could not be written") as caught:
-        load._write_base(lm, AutoTokenizer.from_pretrained(TINY / "model"), base)
+        _write_base(lm, AutoTokenizer.from_pretrained(TINY / "model"), base)
     outcome, line = _explained(caught.value) or ("", "")
     assert outcome == "failed" and line.startswith(f"{base}: the base could not be written: ") and f"; {said}" in line
     assert list(tmp_path.iterdir()) == []
@@ -686,3 +687,32 @@ def test_pad_and_end_must_differ():
 
     with pytest.raises(ValueError, match="got ids 7 and 7"):
         special_tokens(OneForBoth(), "qwen2")  # type: ignore[arg-type]
+
+
+UNREACHABLE = OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+
+
+@pytest.mark.parametrize("path", ["./qwen", "../qwen", "/none/qwen", "~/no qwen", "a/b/c", "models/qwen", "qwen"])
+def test_a_folder_that_is_not_there(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Told as such where the path is no hub id, or its parent is here; of the hub only what else is one."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for kind in (AutoConfig, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", Mock(side_effect=UNREACHABLE))
+    for read in (load_model_config, load_tokenizer):
+        given = ModelConfig(path=path)
+        with pytest.raises(ValueError, match=f"^model.path: the folder {given.path} does not exist; give a model's"):
+            read(given)
+        with pytest.raises(ValueError, match="models2/qwen is not a folder here, the hub could not be reached"):
+            read(ModelConfig(path="models2/qwen"))
+
+
+def test_a_damaged_folder_has_nothing_to_do_with_the_hub(tmp_path: Path):
+    """Whatever its name: errors of a lost connection are told by a word in their text, where the path stands too."""
+    folder = tmp_path / "connect"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{")
+    for read, what in ((load_model_config, "model config"), (load_tokenizer, "tokenizer")):
+        with pytest.raises(ValueError, match=f"^model.path: no {what} in {folder}: "):
+            read(ModelConfig(path=str(folder)))

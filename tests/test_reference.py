@@ -108,7 +108,7 @@ def test_the_reference_is_the_start_and_stays_it_bitwise(
 ) -> None:
     """Checks 16, 18 and 23: ln 2 and rewards 0 at step 0; after updates with dropout not a bit of it has moved."""
     config = dpo_config(*on(start, *SOURCES[source], *(("--lora.dropout", "0.1") if source == "adapter_off" else ())))
-    model = load(config, frozen_copy=source == "start_adapter")
+    model = load(config)
     reference = reference_of(config, model, run, tmp_path)
     batch = batch_of(pairs_of(config, few_pairs(tmp_path), cache_dir), range(8))
     before = reference.logps(batch)
@@ -151,8 +151,10 @@ def test_adapter_off_is_the_base_bitwise(start: Path, run: Run, tmp_path: Path, 
 
 
 def test_the_frozen_copy_is_not_trained_and_not_saved(start: Path) -> None:
-    alone = load(dpo_config(*on(start, "--model.adapter_start", "continue")))
-    both = load(dpo_config(*on(start, "--model.adapter_start", "continue")), frozen_copy=True)
+    continued = on(start, "--model.adapter_start", "continue")
+    alone, both = load(dpo_config(*continued, "--reference.source", "adapter_off")), load(dpo_config(*continued))
+    copies = [sum(".reference." in name for name, _ in model.named_parameters()) for model in (alone, both)]
+    assert copies == [0, len(trainable_parameters(both))]
     assert trainable_parameters(both).keys() == trainable_parameters(alone).keys()
     with both.reference_adapter():
         assert trainable_parameters(both).keys() == trainable_parameters(alone).keys()

@@ -34,9 +34,10 @@ from qwen_train.model.adapters import (
     read_base,
     without_adapters,
 )
-from qwen_train.model.load import load_model_config, read_weights, special_tokens
+from qwen_train.model.load import load_model_config, special_tokens
 from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM, evaluating
+from qwen_train.model.weights import read_weights
 from qwen_train.output.export import shown_path, write_adapter, write_full_model, write_model_card
 from qwen_train.train.files import write_json_atomic
 

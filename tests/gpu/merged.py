@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).parents[2]
 RUN = """
 import runpy, sys
-from qwen_train.model import load
+from qwen_train.model import weights
 if "{place}" == "cpu":
-    load.DENSE_SHARE = 0.0
+    weights.DENSE_SHARE = 0.0
 sys.argv = {argv!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
