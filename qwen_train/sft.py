@@ -83,7 +83,7 @@ def train(config: SFTConfig, run: Run) -> None:
     run.begin()
     with (
         Metrics(folder.path, total_steps, progress.step if folder.checkpoint else None, run.is_main) as metrics,
-        Saver(folder.checkpoints, config.run.keep) as saver,
+        Saver(folder.checkpoints, config.run.keep, metrics.sync) as saver,
     ):
         throughput = Throughput(run.device, flops, run.world_size)
 
@@ -158,7 +158,7 @@ def train(config: SFTConfig, run: Run) -> None:
             stopping = run.should_stop()
             if last or stopping or due(progress.step, config.run.save_every) or save_asked(run, folder):
                 with throughput.paused():
-                    save(run, folder, progress, model, optimizer, config, saver, stream, metrics.sync)
+                    save(run, folder, progress, model, optimizer, config, saver, stream)
             saver.check()
             if stopping:
                 saver.wait()

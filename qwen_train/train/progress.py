@@ -1,7 +1,7 @@
 """Where training stands in a run, and that written as a checkpoint and read from one."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -109,12 +109,11 @@ def save(
     config: SFTConfig,
     saver: Saver,
     stream: Stream,
-    before_write: Callable[[], None],
 ) -> None:
     """Begin a checkpoint of trained weights, optimizer state and progress; the loop waits for a copy of them alone.
 
-    All ranks call it; rank 0 writes, after `before_write()`. Of a model that is trained in full under FSDP2 each writes
-    its own share. Raises ValueError for weights that are not finite.
+    All ranks call it; rank 0 writes. Of a model that is trained in full under FSDP2 each writes its own share. Raises
+    ValueError for weights that are not finite.
     """
     require_finite(run, folder, model, saver)
     progress.order = stream.order_digest(progress.step)
@@ -127,11 +126,11 @@ def save(
         "optimizer": optimizer_state(optimizer, parameters.items()),
     }
     if run.sharded and not config.lora.enabled:
-        saver.save_shard(progress.step, run.own_shard(tensors), state, run, before_write)
+        saver.save_shard(progress.step, run.own_shard(tensors), state, run)
         return
     whole = {stem: run.whole(flat) for stem, flat in tensors.items()}
     if run.is_main:
-        saver.save(progress.step, whole, state, before_write)
+        saver.save(progress.step, whole, state)
 
 
 def require_finite(run: Run, folder: RunFolder, model: PackedLM, saver: Saver | None = None) -> None:

@@ -39,11 +39,12 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 class Saver:
-    """Writes one run's checkpoints to `folder` and keeps the newest `keep`."""
+    """Writes one run's checkpoints to `folder`, each after a call of `before_write`, and keeps the newest `keep`."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, before_write: Callable[[], None]) -> None:
         self.folder = folder
         self.keep = keep
+        self.before_write = before_write
         self._copies: Tensors = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -63,26 +64,18 @@ class Saver:
                 raise
             logger.warning("%s", failure)
 
-    def save(
-        self,
-        step: int,
-        tensors: Tensors,
-        state: dict[str, Any],
-        before_write: Callable[[], None] | None = None,
-    ) -> None:
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
         """Begin to write `step-<step>`, as `save_checkpoint` does; the tensors may change as soon as this returns.
 
-        `before_write` is called in the thread first. Raises SaveError if the save before this one failed.
+        Raises SaveError if the save before this one failed.
         """
 
         def write(held: Tensors) -> None:
             save_checkpoint(self.folder, step, held, state, self.keep)
 
-        self._write(tensors, write, before_write)
+        self._write(tensors, write, num_processes=1)
 
-    def save_shard(
-        self, step: int, shard: Shard, state: dict[str, Any], run: Run, before_write: Callable[[], None] | None = None
-    ) -> None:
+    def save_shard(self, step: int, shard: Shard, state: dict[str, Any], run: Run) -> None:
         """`save` on every rank of a sharded run: each writes its own files, rank 0 the rest (see `write_shard`)."""
         self._count += 1
         meeting = f"save-{self._count}"
@@ -95,41 +88,27 @@ class Saver:
             write_shard(self.folder, step, replace(shard, blocks=blocks), state, self.keep, run, meeting)
 
         tensors = {stem: {name: block.tensor for name, block in flat.items()} for stem, flat in shard.blocks.items()}
-        self._write(tensors, write, before_write, run.local_world_size)
+        self._write(tensors, write, run.local_world_size)
 
-    def _write(
-        self,
-        tensors: Tensors,
-        write: Callable[[Tensors], None],
-        before_write: Callable[[], None] | None,
-        num_processes: int = 1,
-    ) -> None:
+    def _write(self, tensors: Tensors, write: Callable[[Tensors], None], num_processes: int) -> None:
         """When the save before this one has ended: `write` with copies, in the thread; with the tensors, at once, where
         copies leave `num_processes` on this machine too little memory."""
         self.wait()
         if not _fits(tensors, self._copies, num_processes):
-            if before_write is not None:
-                before_write()
+            self.before_write()
             write(tensors)
             return
         self._copies, ready = copied(tensors, self._copies)
 
         def work() -> None:
-            if before_write is not None:
-                before_write()
-            ready()
-            write(self._copies)
-
-        self._start(work)
-
-    def _start(self, work: Callable[[], None]) -> None:
-        def run() -> None:
             try:
-                work()
+                self.before_write()
+                ready()
+                write(self._copies)
             except BaseException as error:  # raised again by wait()
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
     def check(self) -> None:

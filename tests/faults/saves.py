@@ -35,8 +35,12 @@ def save(folder: Path, step: int, keep: int = 2, run_id: str = "run") -> Path:
     return save_checkpoint(folder, step, tensors_of(step), state_of(step, run_id), keep)
 
 
+def nothing() -> None:
+    """To be done before a background save writes."""
+
+
 def save_in_background(folder: Path, step: int, keep: int = 2) -> Path:
-    with Saver(folder, keep) as saver:
+    with Saver(folder, keep, nothing) as saver:
         saver.save(step, tensors_of(step), state_of(step))
     return folder / f"step-{step:06d}"
 

@@ -154,7 +154,7 @@ def test_a_disk_that_is_really_full(tmp_path):
             import qwen_train.train.checkpoint as module
             module.require_free_space = check
             try:
-                with Saver(folder, 2) as saver:
+                with Saver(folder, 2, lambda: None) as saver:
                     saver.save(2, large, {})
             except SaveError as error:
                 print(error.errno, error)

@@ -13,7 +13,7 @@ from qwen_train.train import files, saver
 from qwen_train.train.checkpoint import SaveError, find_checkpoint, save_checkpoint
 from qwen_train.train.saver import Saver
 from qwen_train.train.signals import Interrupted
-from tests.faults.saves import load_checkpoint
+from tests.faults.saves import load_checkpoint, nothing
 from tests.faulty_disk import FaultyDisk, no_space
 
 STATE = {"run_id": "run"}
@@ -53,7 +53,7 @@ def tensors(value: float = 1.0, elements: int = 200_000) -> dict[str, dict[str, 
 
 def waited_and_written(folder: Path, step: int) -> tuple[float, float]:
     """Seconds that a save keeps the loop, and seconds until it is on the disk."""
-    with Saver(folder, keep=1) as saving:
+    with Saver(folder, 1, nothing) as saving:
         start = time.monotonic()
         saving.save(step, tensors(), STATE)
         waited = time.monotonic() - start
@@ -79,7 +79,7 @@ def test_memory_is_that_of_the_container_of_all_who_save_and_of_buffers_there_ar
     monkeypatch.setattr(saver, "CGROUP", tmp_path)
     monkeypatch.setattr(saver.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     assert saver._fits(tensors(), {}, 1) and not saver._fits(tensors(), {}, 2)
-    with Saver(tmp_path / "checkpoints", keep=1) as saving:
+    with Saver(tmp_path / "checkpoints", 1, nothing) as saving:
         for step in (1, 2):  # the second time the buffers are what is missing
             saving.save(step, tensors(), STATE)
             assert saving._thread is not None
@@ -102,7 +102,7 @@ def test_memory_is_that_of_the_container_of_all_who_save_and_of_buffers_there_ar
 def test_what_is_written_is_what_was_there_when_the_save_began(tmp_path, slow_disk, monkeypatch):
     def saved_while_training_goes_on(step: int) -> bool:
         live, expected = tensors(), tensors()
-        with Saver(tmp_path, keep=1) as saving:
+        with Saver(tmp_path, 1, nothing) as saving:
             saving.save(step, live, STATE)
             for flat in live.values():
                 for tensor in flat.values():
@@ -118,7 +118,7 @@ def test_what_is_written_is_what_was_there_when_the_save_began(tmp_path, slow_di
 
 
 def test_one_save_at_a_time_into_the_same_buffers(tmp_path, slow_disk):
-    with Saver(tmp_path, keep=3) as saving:
+    with Saver(tmp_path, 3, nothing) as saving:
         alive, buffers = [], set()
         for step in (1, 2, 3):
             saving.save(step, tensors(step), STATE)
@@ -142,8 +142,8 @@ def test_the_log_is_on_the_disk_before_the_checkpoint(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "disk", Listening())
-        with Saver(tmp_path, keep=1) as saving:
-            saving.save(1, tensors(), STATE, before_write=lambda: order.append("log"))
+        with Saver(tmp_path, 1, lambda: order.append("log")) as saving:
+            saving.save(1, tensors(), STATE)
     assert order == ["log", "step-000001"]
 
 
@@ -165,7 +165,7 @@ MESSAGE = r"step-000002: checkpoint not saved, No space left on device; .*run\.r
 @pytest.mark.parametrize("opportunity", ["check", "wait", "save", "leave", "interrupted"])
 def test_an_error_comes_out_at_the_next_opportunity_and_once(tmp_path, monkeypatch, opportunity):
     save_checkpoint(tmp_path, 1, tensors(), STATE, keep=2)
-    with pytest.raises(SaveError, match=MESSAGE), Saver(tmp_path, keep=2) as saving:
+    with pytest.raises(SaveError, match=MESSAGE), Saver(tmp_path, 2, nothing) as saving:
         saving.check()
         failing(saving, monkeypatch)
         if opportunity == "save":
@@ -181,7 +181,7 @@ def test_an_error_comes_out_at_the_next_opportunity_and_once(tmp_path, monkeypat
 
 
 def test_another_error_of_the_run_goes_first(tmp_path, monkeypatch, caplog):
-    with pytest.raises(KeyError), caplog.at_level(logging.WARNING), Saver(tmp_path, keep=2) as saving:
+    with pytest.raises(KeyError), caplog.at_level(logging.WARNING), Saver(tmp_path, 2, nothing) as saving:
         failing(saving, monkeypatch)
         raise KeyError("something else")
     assert "step-000002: checkpoint not saved" in caplog.text
@@ -190,7 +190,7 @@ def test_another_error_of_the_run_goes_first(tmp_path, monkeypatch, caplog):
 def test_every_way_out_waits_for_the_disk(tmp_path, slow_disk):
     for step, error in enumerate((None, Interrupted("a signal"), KeyError("a bug")), start=1):
         try:
-            with Saver(tmp_path, keep=9) as saving:
+            with Saver(tmp_path, 9, nothing) as saving:
                 saving.save(step, tensors(), STATE)
                 if error is not None:
                     raise error
@@ -200,7 +200,7 @@ def test_every_way_out_waits_for_the_disk(tmp_path, slow_disk):
 
 
 def test_check_does_not_wait(tmp_path, slow_disk):
-    with Saver(tmp_path, keep=1) as saving:
+    with Saver(tmp_path, 1, nothing) as saving:
         saving.save(1, tensors(), STATE)
         start = time.monotonic()
         saving.check()
@@ -211,7 +211,7 @@ def test_check_does_not_wait(tmp_path, slow_disk):
 def test_copies_from_a_gpu_are_of_their_moment(tmp_path, slow_disk):
     """The copy is only queued when `save` returns; the stream's order keeps the next step's changes out of it."""
     live = {"model": {"w": torch.ones(64 << 20, device="cuda")}}
-    with Saver(tmp_path, keep=1) as saving:
+    with Saver(tmp_path, 1, nothing) as saving:
         saving.save(1, live, STATE)
         live["model"]["w"].add_(1)
         assert saving._copies["model"]["w"].is_pinned()
