@@ -1,5 +1,6 @@
 """The flight check: what it finds, where it says it is, what it writes, how it ends."""
 
+import gzip
 import importlib.util
 import itertools
 import json
@@ -228,13 +229,18 @@ def test_pair_statistics_are_those_of_the_pairs(template, tmp_path):
     assert stats.shared_tokens == (p + c + r).sum() and stats.unshared_tokens == (2 * p + c + r).sum()
 
 
-def test_trimmed_and_dropped_rows_keep_their_full_length(template, tmp_path):
+def test_trimmed_and_dropped_rows_keep_their_full_length(template, tmp_path, monkeypatch):
+    """They were tokenised once more for it."""
+    calls: list[int] = []
+    encode = Template.encode
+    monkeypatch.setattr(Template, "encode", lambda self, *given: calls.append(len(given[1])) or encode(self, *given))
     trimmed = chat("word " * 150, "One.", "And now?", "Two.")
     report = examined(template, "sft", [*GOOD, trimmed, LONG], folder=tmp_path, too_long="trim_turns")
     assert found(report) == {
         ("trimmed", "train.jsonl:11", "turns_trimmed"),
         ("dropped", "train.jsonl:12", "too_long"),
     }
+    assert calls == [12]
     split = report.splits[0]
     assert (split.kept, split.sources[0].trimmed, split.sources[0].dropped) == (11, 1, 1)
     whole = encode_one(template, _parsed(trimmed), ChatOptions(max_length=10_000))
@@ -434,6 +440,7 @@ def test_the_conversations_beside_pairs_are_judged_as_conversations(script, tmp_
         ([LONG, LONG], "none of 2 rows is left (too_long: 2); raise data.max_length or give other data"),
         ([LONG, "{"], "none of 2 rows is left (too_long: 1, in error: 1); raise data.max_length or give other data"),
         ([], "no row in it; give a file with rows"),
+        (["{"], "the only row is in error; repair it or give other data"),
         (["{", "["], "all 2 rows are in error; repair them or give other data"),
         ([pair("Hi", "Red.", "Red.")], "none of 1 rows is left (identical_answers: 1); give other data"),
     ],
@@ -923,10 +930,13 @@ def test_data_is_never_overwritten(script, tmp_path):
 def test_an_unreadable_source_does_not_hide_the_others(script, tmp_path, capsys):
     (tmp_path / "broken.json").write_text('[{"messages": []},\n {"messages": ')
     good = write(tmp_path / "good.jsonl", [*GOOD, BAD_ROWS["bad_role"]])
-    path = config_file(tmp_path, {"train": [str(tmp_path / "broken.json"), good]})
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(b"{}"))
+    broken = [str(tmp_path / name) for name in ("broken.json", "packed.jsonl")]
+    path = config_file(tmp_path, {"train": [*broken, good]})
     assert script.main(["--config", path]) == 2
     out = capsys.readouterr().out
-    assert f"{tmp_path}/broken.json:2: malformed JSON" in out
+    assert f"error   {broken[0]}:2: malformed JSON" in out
+    assert f"error   {broken[1]}: this is a gzip file; unpack it [unreadable_source]" in out
     assert f"{good}:11: messages[0] has the role 'robot'" in out
 
 

@@ -246,10 +246,41 @@ def test_a_named_format_takes_a_pair_as_a_conversation() -> None:
 
 
 def test_unknown_format_names_keys_and_formats() -> None:
-    with pytest.raises(RowError, match=r"the keys question, text; known: messages \(messages\), sharegpt"):
+    with pytest.raises(
+        RowError, match=r"the keys question, text; rename them to those of one: messages \(messages\), sharegpt"
+    ):
         sft({"text": "x", "question": "y"})
+    with pytest.raises(
+        RowError, match=r"^no dpo format fits the keys label, prompt; rename them to those of one: prefer"
+    ):
+        dpo({"prompt": "x", "label": True})
     with pytest.raises(ValueError, match=r"data\.format: 'preference' is not a format of sft rows"):
         formats.check_format("preference", "sft")
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"instruction": "x", "input": "", "output": None}, "output"),
+        ({"prompt": None, "completion": None}, "prompt and completion"),
+        ({"messages": None, "text": "x"}, "messages"),
+        ({"prompt": "x", "chosen": "y", "rejected": None}, "rejected"),
+    ],
+)
+def test_a_row_whose_key_is_null_is_told_so(row: dict[str, Any], keys: str) -> None:
+    """It was told that no format fits the very keys of one."""
+    with pytest.raises(RowError, match=f"^{keys} of the row is null; fill it in, or leave the row out$"):
+        (dpo if "chosen" in row else sft)(row)
+    assert isinstance(sft({"messages": [U, A], **dict.fromkeys(row)} | {"messages": [U, A]}), Conversation)
+
+
+@pytest.mark.parametrize("key", ["data", "train"])
+@pytest.mark.parametrize("many", [True, False])
+def test_rows_within_a_row_are_named_by_their_key(key: str, many: bool) -> None:
+    rows = {"messages": [U, A]}, {"prompt": "x", "chosen": "y", "rejected": "z"}
+    for read, row in zip((sft, dpo), rows, strict=True):
+        with pytest.raises(RowError, match=f"^the rows lie within the key '{key}'; save that list alone as the file$"):
+            read({"version": [1], "meta": {}, "empty": [], key: [row, row] if many else row})
 
 
 @pytest.mark.parametrize("key", ["content", "role"])
@@ -265,6 +296,13 @@ def test_a_key_given_twice_is_refused_by_name(key: str) -> None:
     call = {**A, "tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]}
     with pytest.raises(RowError, match=r"arguments is not JSON: .* the key 'x' is given twice in one object$"):
         sft({"messages": [U, call]})
+
+
+@pytest.mark.parametrize("text", ["prompt,completion", "// x", "-", "", "nothing"])
+def test_what_is_no_json_at_all_is_told_alike(text: str) -> None:
+    """A table named .jsonl gave another message of the JSON reader in each line."""
+    with pytest.raises(RowError, match=r"^not JSON: a row is an object, which begins with \{$"):
+        parse_row(text, "sft")
 
 
 @pytest.mark.parametrize("text", ["{", '{"a": NaN}', '{"a": 1e400}', '{"a": -1e400}', "", '{"a": 1} x', "[" * 100_000])

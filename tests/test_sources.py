@@ -1,14 +1,19 @@
 """Rows come from files, folders and the hub as they were written, each with its place."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import subprocess
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
 
 from qwen_train.command_line import load_config
@@ -518,6 +523,33 @@ def test_a_split_of_a_folder_is_named_as_on_the_hub(tmp_path: Any, monkeypatch: 
         find_sources(SFTConfig(data=DataConfig(train="set:train", eval="set")))
     hashes = [content_hash(path) for path in ("set:train", "set:test", "set/train")]
     assert hashes[0] != hashes[1] and hashes[0] == hashes[2]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_file_that_is_no_text_is_one_error(suffix: str, tmp_path: Path) -> None:
+    """Each of its lines was one of a broken encoding."""
+    row = json.dumps({"messages": [U, A]}).encode()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", row)
+    parquet(tmp_path / "a.parquet", "one")
+    contents = {
+        "this is a gzip file; unpack it": gzip.compress(row),
+        "this is a bzip2 file; unpack it": bz2.compress(row),
+        "this is an xz file; unpack it": lzma.compress(row),
+        "this is a zstd file; unpack it": pyarrow.compress(row, "zstd", asbytes=True),
+        "this is a zip archive or a spreadsheet; unpack it, or save its rows as .jsonl": (
+            tmp_path / "a.zip"
+        ).read_bytes(),
+        "this is a Parquet file; name it .parquet": (tmp_path / "a.parquet").read_bytes(),
+    }
+    path = tmp_path / f"rows.{suffix}"
+    for problem, content in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            list(read_rows(0, str(path)))
+        assert str(caught.value) == f"{path}: {problem}"
+    path.write_bytes(row)
+    assert len(list(read_rows(0, str(path)))) == 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])

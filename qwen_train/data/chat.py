@@ -67,11 +67,15 @@ class ChatOptions:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """`spans` are `(start, end, weight)`: tokens start..end-1 are predicted, start >= 1; `notes` counts."""
+    """`spans` are `(start, end, weight)`: tokens start..end-1 are predicted, start >= 1; `notes` counts.
+
+    `trimmed_from`: `longest` before turns were left out.
+    """
 
     input_ids: list[int]
     spans: list[tuple[int, int, float]]
     notes: dict[str, int] = field(default_factory=dict)
+    trimmed_from: int | None = None
 
     @property
     def longest(self) -> int:
@@ -89,12 +93,16 @@ class EncodedConversation:
 
 @dataclass(frozen=True)
 class EncodedPreference:
-    """`prompt_ids` ends with the generation header; each answer runs from there to its `<|im_end|>` inclusive."""
+    """`prompt_ids` ends with the generation header; each answer runs from there to its `<|im_end|>` inclusive.
+
+    `trimmed_from` as above.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     notes: dict[str, int] = field(default_factory=dict)
+    trimmed_from: int | None = None
 
     @property
     def longest(self) -> int:
@@ -504,7 +512,8 @@ def _fitted(
     """A row beyond max_length under the length policy: as few turns left out as make it fit (bisected), or RowError."""
     tokens = f"{result.longest} tokens, max_length is {options.max_length}"
     if options.too_long == "error":
-        return RowError("too_long", f"{tokens}; raise data.max_length or choose data.too_long", notes=result.notes)
+        remedy = "raise data.max_length or choose data.too_long"
+        return RowError("too_long", f"{tokens}; {remedy}", notes=result.notes, length=result.longest)
     if options.too_long == "trim_turns":
         fitting: Encoded | None = None
         low, high = 0, len(shorter) - 1
@@ -514,14 +523,14 @@ def _fitted(
             if isinstance(candidate, RowError):
                 return candidate
             if candidate.longest <= options.max_length:
-                fitting, high = candidate, middle - 1
+                fitting, high = replace(candidate, trimmed_from=result.longest), middle - 1
                 fitting.notes.update(turns_trimmed=middle + 1, rows_trimmed=1)
             else:
                 low = middle + 1
         if fitting is not None:
             return fitting
         tokens += ", even with the last exchange alone"
-    return RowError("too_long", tokens, drop=True, notes=result.notes)
+    return RowError("too_long", tokens, drop=True, notes=result.notes, length=result.longest)
 
 
 def _shown(message: Message, notes: Counter[str]) -> Message:

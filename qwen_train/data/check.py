@@ -15,7 +15,7 @@ compared by token ids, as the model would see them.
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from qwen_train.config import DPOConfig, Kind, SFTConfig
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
-from qwen_train.data.formats import RowError, misspelt
+from qwen_train.data.formats import misspelt
 from qwen_train.data.packing import empty_batch
 from qwen_train.data.sources import Source, data_splits, row_place
 from qwen_train.data.stream import Stream, plan_microbatches
@@ -256,7 +256,8 @@ def examine(
                     if not done:
                         picker.look(row)
             except (ValueError, OSError) as error:
-                problems.add(split, "error", source.path, UNREADABLE, str(error))
+                place, message = _placed(str(error), source.path)
+                problems.add(split, "error", place, UNREADABLE, message)
         _compare_within(split, problems)
         if done and split.kind == done[0].kind:
             _compare_with_train(split, done[0], problems)
@@ -265,6 +266,14 @@ def examine(
     plan = _plan(done[0], config, problems) if done[0].kept else None
     listed = [problem for level in LEVELS for problem in problems.known[level]]
     return Report(done[0].kind, options, done, plan, listed, picker.examples(), problems.counts)
+
+
+def _placed(message: str, path: str) -> tuple[str, str]:
+    """Place and rest of a message about a source, which most often begins with its path, or its path and line."""
+    if not message.startswith(path):
+        return path, message
+    line, _, rest = message.removeprefix(path).partition(": ")
+    return path + line, rest
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -291,7 +300,7 @@ class _Reader:
             source.trimmed += 1
             message = f"{turns} oldest turn{'s' * (turns > 1)} left out to fit {self.options.max_length:,} tokens"
             self.problems.add(self.split, "trimmed", row.place, "turns_trimmed", message)
-        self._add_length(self._full_length(row) if turns else encoded.longest)
+        self._add_length(encoded.trimmed_from or encoded.longest)
         for name, count in row.notes.items():
             note = self.split.notes.setdefault(name, NoteCount())
             note.rows += 1
@@ -324,18 +333,11 @@ class _Reader:
         self.problems.add(self.split, level, row.place, row.reason, row.message)
         for name, count in row.notes.items():
             self.split.notes.setdefault(name, NoteCount()).left_out += count
-        if row.reason == "too_long":
-            self._add_length(self._full_length(row))
+        self._add_length(row.length)
 
     def _add_length(self, length: int | None) -> None:
         if length is not None:
             self.split.lengths.append(min(length, NO_LIMIT))
-
-    def _full_length(self, row: JudgedRow) -> int | None:
-        """Tokens of a row that the length policy shortened or left out; None where it has no encoding at any length."""
-        unlimited = replace(self.options, max_length=NO_LIMIT)
-        (result,) = self.template.encode(self.split.kind, [row.parsed], unlimited)
-        return None if isinstance(result, RowError) else int(result.longest)
 
     def _conversation(self, encoded: EncodedConversation, source: SourceCounts) -> None:
         split = self.split

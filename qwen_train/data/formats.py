@@ -36,13 +36,25 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 class RowError(ValueError):
-    """One row cannot be used: `reason` is a short key to count by, `drop` says it is left out rather than an error."""
+    """One row cannot be used: `reason` is a short key to count by, `drop` says it is left out rather than an error.
 
-    def __init__(self, reason: str, message: str, *, drop: bool = False, notes: dict[str, int] | None = None) -> None:
+    `length`: tokens of a row that is too long.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        *,
+        drop: bool = False,
+        notes: dict[str, int] | None = None,
+        length: int | None = None,
+    ) -> None:
         super().__init__(_printable(message))
         self.reason = reason
         self.drop = drop
         self.notes = notes or {}
+        self.length = length
 
 
 def _printable(message: str) -> str:
@@ -137,6 +149,8 @@ def parse_row(text: str, kind: Kind, format: str = "auto") -> Conversation | Pre
     try:
         row = _loads(text)
     except ValueError as error:
+        if text.lstrip()[:1] not in tuple('{["'):  # a table, a log: what a JSON reader says of each line differs
+            raise RowError("bad_json", "not JSON: a row is an object, which begins with {") from None
         raise RowError("bad_json", str(error)) from None
     if not isinstance(row, dict):
         raise RowError("bad_json", f"a row must be a JSON object, got {type(row).__name__}")
@@ -166,12 +180,32 @@ def detect_format(row: dict[str, Any], kind: Kind) -> str:
             "has chosen and rejected: these are preference pairs, for launch/dpo.py (launch/check.py --task dpo); "
             "to learn the row as a conversation name data.format",
         )
-    for name, known in FORMATS.items():
-        if known.kind == kind and all(row.get(key) is not None for key in known.keys):
-            return name
-    known_names = ", ".join(f"{name} ({' + '.join(f.keys)})" for name, f in FORMATS.items() if f.kind == kind)
+    if (name := _fitting(row, kind)) is None:
+        raise _unknown_format(row, kind)
+    return name
+
+
+def _fitting(row: dict[str, Any], kind: Kind) -> str | None:
+    fitting = (
+        name for name, f in FORMATS.items() if f.kind == kind and all(row.get(key) is not None for key in f.keys)
+    )
+    return next(fitting, None)
+
+
+def _unknown_format(row: dict[str, Any], kind: Kind) -> RowError:
+    """What to say of a row that no format fits: what of it is null, where the rows lie, or what keys they need."""
+    known = {name: format.keys for name, format in FORMATS.items() if format.kind == kind}
+    for keys in known.values():
+        if row.keys() >= {*keys}:
+            nulls = " and ".join(key for key in keys if row[key] is None)
+            return RowError("no_content", f"{nulls} of the row is null; fill it in, or leave the row out")
+    for key, value in row.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict) and _fitting(first, kind):
+            return RowError("unknown_format", f"the rows lie within the key {key!r}; save that list alone as the file")
+    names = ", ".join(f"{name} ({' + '.join(keys)})" for name, keys in known.items())
     found = ", ".join(sorted(map(str, row))) or "none"
-    raise RowError("unknown_format", f"no {kind} format fits the keys {found}; known: {known_names}")
+    return RowError("unknown_format", f"no {kind} format fits the keys {found}; rename them to those of one: {names}")
 
 
 def check_format(format: str, kind: Kind) -> None:
@@ -314,14 +348,17 @@ def _check_order(messages: list[Message]) -> None:
     """System only first, then a user; a tool result follows an assistant's call. Runs of one role are legal."""
     body = messages[1:] if messages[0]["role"] == "system" else messages
     if any(message["role"] == "system" for message in body):
-        raise RowError("bad_order", "a system message stands after the first place")
+        raise RowError("bad_order", "a system message stands after the first place; join it to the first message")
     if not body or body[0]["role"] != "user":
         first = body[0]["role"] if body else "nothing"
         raise RowError("bad_order", f"the first message after the system prompt must be a user's, got {first}")
     called = False
     for index, message in enumerate(messages):
         if message["role"] == "tool" and not called:
-            raise RowError("bad_order", f"message {index} is a tool result that follows no assistant tool call")
+            raise RowError(
+                "bad_order",
+                f"message {index} is a tool result that follows no assistant tool call; write calls as tool_calls",
+            )
         called = bool(message.get("tool_calls")) or (called and message["role"] == "tool")
 
 
@@ -362,6 +399,8 @@ def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
 
 
 def _text_or_messages(value: Any, name: str, role: str) -> list[Message]:
+    if not isinstance(value, str | list):
+        raise RowError("bad_messages", f"{name} must be text or a list of messages, got {type(value).__name__}")
     return [_message({"role": role, "content": value}, name)] if isinstance(value, str) else _messages(value, name)
 
 

@@ -34,6 +34,15 @@ from qwen_train.data.formats import check_format, is_json, one_line
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+BINARY = {
+    b"\x1f\x8b": "this is a gzip file; unpack it",
+    b"\x28\xb5\x2f\xfd": "this is a zstd file; unpack it",
+    b"\xfd7zXZ": "this is an xz file; unpack it",
+    b"BZh": "this is a bzip2 file; unpack it",
+    b"PK\x03\x04": "this is a zip archive or a spreadsheet; unpack it, or save its rows as .jsonl",
+    b"PAR1": "this is a Parquet file; name it .parquet",
+}
+"""First bytes of what is renamed by mistake, and what to do."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 SPLIT_FILE = re.compile(r"(?:.*?[_.-])??(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 NOT_BLANK = re.compile(r"[^ \t\n\r]")  # for JSON
@@ -168,7 +177,9 @@ def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parq
             return "json"
         if suffix == ".parquet":
             return "parquet"
-        raise ValueError(f"{name}: {path!r} has the unknown suffix {suffix!r}; use .jsonl, .json or .parquet")
+        raise ValueError(
+            f"{name}: {path!r} has the unknown suffix {suffix!r}; unpack or save it as .jsonl, .json or .parquet"
+        )
     looks_like_file = Path(path).suffix.lower() in (*LINE_SUFFIXES, ".json", ".parquet")
     if looks_like_file or not HUB_ID.fullmatch(path):
         raise ValueError(f"{name}: {path!r} does not exist; give a file, a folder or a hub id (name[:split])")
@@ -331,8 +342,14 @@ def read_rows(source: int, path: str) -> Iterator[RawRow]:
             yield RawRow(source, path, index, text, has_lines=False)
 
 
-def _refuse_utf16(path: str, head: bytes) -> None:
-    """One error for a file of another encoding, by its byte order mark or the NULs between its ASCII characters."""
+def _refuse_binary(path: str, head: bytes) -> None:
+    """One error for a file that is no text by its first bytes, and for text of another encoding.
+
+    That is told by its byte order mark, or by the NULs between its ASCII characters.
+    """
+    for magic, remedy in BINARY.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path}: {remedy}")
     encoding = json.detect_encoding(head[:4])
     if encoding.startswith(("utf-16", "utf-32")) and (head[:2] in UTF16_MARKS or 3 * head.count(0) > len(head)):
         raise ValueError(f"{path}: the file is {encoding[:6].upper()}, not UTF-8; save it as UTF-8")
@@ -340,7 +357,7 @@ def _refuse_utf16(path: str, head: bytes) -> None:
 
 def _read_lines(source: int, path: str) -> Iterator[RawRow]:
     with open(Path(path), "rb") as stream:
-        _refuse_utf16(path, stream.read(64))
+        _refuse_binary(path, stream.read(64))
         stream.seek(0)
         _refuse_list(path, stream)
         stream.seek(0)
@@ -370,7 +387,7 @@ def _refuse_list(path: str, lines: Iterable[bytes]) -> None:
 def _read_json(source: int, path: str) -> Iterator[RawRow]:
     """A JSON list of objects; a file of one object a line is read as lines, a single object as one row."""
     data = Path(path).read_bytes()
-    _refuse_utf16(path, data[:64])
+    _refuse_binary(path, data[:64])
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

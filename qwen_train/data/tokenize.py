@@ -106,7 +106,10 @@ Status = Literal["kept", "dropped", "error"]
 
 @dataclass(frozen=True)
 class JudgedRow:
-    """One row's verdict; `parsed` is None when it could not be read, `encoded` None when it is not kept."""
+    """One row's verdict; `parsed` is None when it could not be read, `encoded` None when it is not kept.
+
+    `length`: tokens of a row that is too long.
+    """
 
     source: int
     path: str
@@ -118,6 +121,7 @@ class JudgedRow:
     notes: dict[str, int] = field(default_factory=dict)
     parsed: Conversation | Preference | None = None
     encoded: EncodedConversation | EncodedPreference | None = None
+    length: int | None = None
 
     @property
     def place(self) -> str:
@@ -277,7 +281,8 @@ class _Judge:
             result = item if isinstance(item, RowError) else next(encoded)
             if isinstance(result, RowError):
                 status: Status = "dropped" if result.drop else "error"
-                judged.append(JudgedRow(*place, status, result.reason, str(result), result.notes, record))
+                verdict = (status, result.reason, str(result), result.notes)
+                judged.append(JudgedRow(*place, *verdict, parsed=record, length=result.length))
             else:
                 judged.append(JudgedRow(*place, "kept", notes=result.notes, parsed=record, encoded=result))
         return judged
@@ -433,7 +438,10 @@ def _reported(kind: Kind, table: Any, sources: list[Source]) -> tuple[TokenRepor
 def nothing_left(rows: int, dropped: Mapping[str, int], errors: int = 0) -> str:
     """What to say of rows of which none can be used: the rows left out by reason, those in error, what to do."""
     if errors == rows:
-        return f"all {errors:,} rows are in error; repair them or give other data"
+        wrong = (
+            f"all {errors:,} rows are in error; repair them" if errors > 1 else "the only row is in error; repair it"
+        )
+        return f"{wrong} or give other data"
     reasons = [f"{name}: {count:,}" for name, count in dropped.items()]
     reasons += [f"in error: {errors:,}"] if errors else []
     remedy = "raise data.max_length or give other data" if dropped.get("too_long") else "give other data"
