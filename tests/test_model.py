@@ -620,6 +620,21 @@ def test_weights_that_are_not_all_read(
             load_plainly(str(folder), torch.bfloat16, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("kept", [-1000, 0, 100], ids=["cut off", "empty", "header only"])
+def test_weights_that_are_damaged(start: Trained, world: World, tmp_path: Path, kept: int):
+    """safetensors has an error of its own for them, which is neither an OSError nor a ValueError."""
+    folder = tmp_path / "model"
+    shutil.copytree(start.folder / "base", folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(
+        ValueError, match=rf"^model.path: cannot read weights from {folder}: .* is damaged \(.*\); check"
+    ):
+        world.load(f"model.path={folder}", "model.from_scratch=false")
+    with pytest.raises(ValueError, match=rf"^{folder}: cannot be read as a model: .* is damaged \(.*; give the base"):
+        load_plainly(str(folder), torch.bfloat16, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("reason", "said"),
     [

@@ -125,13 +125,16 @@ def read_weights(path: str, **options: Any) -> PreTrainedModel:
 
     transformers draws at random what is missing or of another shape, and goes on. Raises ValueError, and OSError.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # to be refused here, by name
-        **options,
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be refused here, by name
+            **options,
+        )
+    except SafetensorError as error:  # of a file that was cut off, or is git-lfs's pointer to one
+        raise ValueError(f"a .safetensors file is damaged ({first_line(error)})") from None
     lm, report = loaded
     others = [name for name, *_ in report["mismatched_keys"]]
     for name, layer in lm.named_modules():  # of a quantised weight nobody has compared the shapes
