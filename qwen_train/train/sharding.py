@@ -131,13 +131,16 @@ def shard(accelerator: Accelerator, model: "PackedLM") -> None:
     """Wrap each decoder layer and the model itself by FSDP2, in place; parameters on the meta device stay there.
 
     Compute in `model.dtype`, reduction of gradients in fp32. Outputs keep the type that the forward
-    gives them: log-probs are fp32, and hidden states between layers are the same bits as in one process.
+    gives them: log-probs are fp32, and hidden states between layers are the same bits as in one process. Nor are inputs
+    cast, or the weights of the loss's tokens would be bf16 in the forward.
     """
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = [model.decoder_layer]
     plugin.cpu_ram_efficient_loading = False
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     fsdp2_prepare_model(accelerator, model)
     register_fsdp_forward_method(model, "sample")
 
