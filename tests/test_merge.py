@@ -225,6 +225,15 @@ def test_weights_of_nf4_are_whole_where_there_is_room(
     assert place_of_weights(nf4_start(start, str(base)), shape, gpu, base, draws=False).type == place
 
 
+def test_whether_weights_are_drawn_is_decided_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The main process may have written the base just after another one saw none: what is read has another place."""
+    base = tmp_path / "base"
+    monkeypatch.setattr(weights, "place_of_weights", lambda *_, **__: base.mkdir() or CPU)
+    config = dpo_config("--model.path", str(TINY / "model"), "--model.from_scratch", "true")
+    model = load_model(config, load_tokenizer(config.model), CPU, base, is_main=False)
+    assert trainable_parameters(model) and list(base.iterdir()) == []
+
+
 def test_a_plain_copy_is_on_the_card_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by the config: the packed weights of an NF4 run say nothing of a plain copy's."""
     shape, gpu = known_shape("Qwen/Qwen2.5-72B"), torch.device("cuda")  # 72.7 billion parameters
