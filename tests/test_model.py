@@ -31,6 +31,7 @@ from qwen_train.train.distributed import Run
 from qwen_train.train.script import _explained
 from tests.preferences import edit_json
 from tests.scripts import TINY, read_metrics
+from tests.support import mini_tokenizer
 
 TOLERANCE = 1e-5  # relative to the largest value
 ROWS, LONGEST = 24, 60  # no two rows fit into LONGEST tokens
@@ -702,6 +703,13 @@ def test_pad_and_end_must_differ():
 
     with pytest.raises(ValueError, match="got ids 7 and 7"):
         special_tokens(OneForBoth(), "qwen2")  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_of_another_model_is_refused(world: World):
+    """Otherwise an index error at the first batch, or the death of the GPU's context."""
+    config = with_candidate(world.config(), recomputed=0, tokens=4096)
+    with pytest.raises(ValueError, match=r"have ids 151645 and 151643 in .* has 768 tokens"):
+        load_model(config, mini_tokenizer(), torch.device("cpu"), None, is_main=False)
 
 
 UNREACHABLE = OSError("We couldn't connect to 'https://huggingface.co' to load the files")

@@ -115,6 +115,11 @@ def load_model(
     """
     model_config = load_model_config(config.model)
     end, pad = special_tokens(tokenizer, model_config.model_type)
+    if max(end, pad) >= model_config.vocab_size:
+        raise ValueError(
+            f"model.path: the control tokens have ids {end} and {pad} in the tokenizer of {config.model.path}, and its "
+            f"model has {model_config.vocab_size} tokens (vocab_size); give both of one model"
+        )
     dtype = getattr(torch, config.model.dtype)
     attention = trusted_attention(config.model.attention, model_config, device, dtype, config.data.max_length)
     source = None
