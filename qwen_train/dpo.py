@@ -75,7 +75,7 @@ def train(config: DPOConfig, run: Run) -> None:
     lengths = packed_lengths(data.dataset, config.reference.share_prompt)
     collate = collate_preferences(data.dataset, config.reference.share_prompt)
     assert isinstance(folder.config, DPOConfig)
-    config = resolve_auto(folder.config, int(lengths.max()), shape, run.free_memory(), run.shards)
+    config = resolve_auto(folder.config, int(lengths.max()), shape, run.free_memory(), run.sharding)
     held_out = skills = None
     if config.data.eval:
         eval_data = load_split(run, config, "data.eval", tokenizer)

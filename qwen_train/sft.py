@@ -44,7 +44,7 @@ def train(config: SFTConfig, run: Run) -> None:
     shape = load_model_config(config.model)
     data = load_split(run, config, "data.train", tokenizer)
     longest = int(data.column("length").max())
-    config = resolve_auto(folder.config, longest, shape, run.free_memory(), run.shards)
+    config = resolve_auto(folder.config, longest, shape, run.free_memory(), run.sharding)
     held_out = None
     if config.data.eval:
         eval_data = load_split(run, config, "data.eval", tokenizer)

@@ -50,6 +50,27 @@ def counted(*args, **kwargs):
 
 load.AutoModelForCausalLM.from_pretrained = counted
 """
+COUNT_GATHERS = """
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+from qwen_train.train.distributed import Run
+gather, accumulate, clip, count = fsdp.foreach_all_gather, Run.accumulate, Run.clip_grad_norm, 0
+
+def counted(*args, **kwargs):
+    global count
+    count += 1
+    return gather(*args, **kwargs)
+
+def begun(*args):
+    global count
+    count = 0
+    return accumulate(*args)
+
+def told(run, *args):
+    run.note(f"weights gathered: {count}")
+    return clip(run, *args)
+
+fsdp.foreach_all_gather, Run.accumulate, Run.clip_grad_norm = counted, begun, told
+"""
 ROWS, PER_STEP, STEPS = 31, 3, 10
 MODES = {
     "lora": ["--lora.r=8"],
@@ -172,6 +193,27 @@ def test_compiled_layers_shard(world: World):
     one = world.run("sft", "compiled-1", *more)
     two = world.run("sft", "compiled-2", *more, ranks=2, prelude=SHARDING)
     assert largest_difference(one, two, "train/loss") <= 1e-2
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_weights_that_stay_whole_during_a_step(world: World, mode: str):
+    """`fsdp_reshard_after_forward: false`: gathered once a step however many micro-batches it has; the same curve."""
+    # Steps of several micro-batches a rank.
+    more = [*MODES[mode], "--batch.sequences_per_step=24"]
+    one = world.run("sft", f"whole-{mode}-1", *more, "--run.steps=4")
+    gathered = {}
+    for reshard in ("true", "false"):
+        name = f"whole-{mode}-{reshard}"
+        how = {"ranks": 2, "prelude": SHARDING + COUNT_GATHERS, "environment": {"FSDP_RESHARD_AFTER_FORWARD": reshard}}
+        two = world.run("sft", name, *more, "--run.steps=4", **how)
+        for metric in ("train/loss", "train/grad_norm"):
+            assert largest_difference(one, two, metric) <= 1e-5, (reshard, metric)
+        gathered[reshard] = [
+            int(n) for n in re.findall(r"weights gathered: (\d+)", (world.folder / f"{name}.txt").read_text())
+        ]
+    layers = AutoConfig.from_pretrained(TINY / "model").num_hidden_layers
+    assert gathered["false"][1:] == [layers + 1] * 3, "each layer and the root; the first step's are of the evaluation"
+    assert min(gathered["true"]) >= 2 * 2 * layers, "in each forward and backward"
 
 
 def test_hybrid_sharding_is_one(world: World):

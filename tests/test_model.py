@@ -23,7 +23,7 @@ from qwen_train.command_line import load_config
 from qwen_train.config import ModelConfig, SFTConfig
 from qwen_train.data.packing import Batch, empty_batch, pack_sequences
 from qwen_train.model.load import load_model, load_model_config, load_tokenizer, special_tokens
-from qwen_train.model.memory import estimate_memory, with_candidate
+from qwen_train.model.memory import WHOLE, estimate_memory, with_candidate
 from qwen_train.model.packed import PackedLM, num_adapter_parameters, trainable_parameters
 from qwen_train.model.weights import _write_base
 from qwen_train.output.merge import load_plainly
@@ -667,7 +667,7 @@ def test_a_continued_adapter_keeps_its_rank(world: World, start: Trained, on_sta
 
     def settling(run: Run, given: Any, config: Any, model: PackedLM, optimizer: Any, longest: int, shape: Any) -> Any:
         coming.append(
-            (estimate_memory(given, shape, 100, 0, shards=1).optimizer, 8 * (num_adapter_parameters(model) or 0))
+            (estimate_memory(given, shape, 100, 0, sharding=WHOLE).optimizer, 8 * (num_adapter_parameters(model) or 0))
         )
         return settle(run, given, config, model, optimizer, longest, shape)
 

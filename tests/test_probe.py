@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from qwen_train.config import BatchConfig, DataConfig, DPOConfig, LoraConfig, ModelConfig, ReferenceConfig, SFTConfig
 from qwen_train.model.load import load_model, load_tokenizer
-from qwen_train.model.memory import estimate_memory, resolve_auto
+from qwen_train.model.memory import WHOLE, estimate_memory, resolve_auto
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.train.distributed import Run
 from qwen_train.train.measure import measure_steps
@@ -41,7 +41,7 @@ def config(kind: Any = SFTConfig, compile: bool = False, **reference: Any) -> An
 
 
 def build(given: Any) -> tuple[PackedLM, torch.optim.Optimizer]:
-    resolved = resolve_auto(given, LONGEST, SHAPE, None, shards=1)
+    resolved = resolve_auto(given, LONGEST, SHAPE, None, sharding=WHOLE)
     model = load_model(resolved, load_tokenizer(given.model), torch.device("cpu"), Path("/nonexistent"), is_main=False)
     return model, build_optimizer(model.named_parameters(), given.optim)
 
@@ -63,7 +63,7 @@ def starve(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
 
 def settled(given: Any, run: Run) -> tuple[int, int]:
     model, optimizer = build(given)
-    config = resolve_auto(given, LONGEST, SHAPE, run.free_memory(), shards=1)
+    config = resolve_auto(given, LONGEST, SHAPE, run.free_memory(), sharding=WHOLE)
     result = settle(run, given, config, model, optimizer, LONGEST, SHAPE)
     return result.model.checkpoint_layers, result.batch.tokens_per_microbatch
 
@@ -96,7 +96,7 @@ def test_with_a_given_budget_more_layers_are_recomputed(monkeypatch):
 
     monkeypatch.setattr(PackedLM, "forward", starved)
     monkeypatch.setattr(Run, "free_memory", lambda run: ROOMY)
-    resolved = resolve_auto(given, LONGEST, SHAPE, ROOMY, shards=1)
+    resolved = resolve_auto(given, LONGEST, SHAPE, ROOMY, sharding=WHOLE)
     result = settle(run, given, resolved, model, optimizer, LONGEST, SHAPE)
     assert (result.model.checkpoint_layers, result.batch.tokens_per_microbatch) == (2, 600)
     assert counts[0] == 0 and counts[-1] == 2
@@ -130,14 +130,14 @@ def test_numbers_and_the_cpu_are_left_alone(monkeypatch):
     given = config()
     assert settled(given, run) == (0, 4096), "the CPU"
     seen = starve(monkeypatch, 10)
-    resolved = resolve_auto(given, LONGEST, SHAPE, None, shards=1)
+    resolved = resolve_auto(given, LONGEST, SHAPE, None, sharding=WHOLE)
     assert settled(resolved, run) == (0, 4096), "as a resumed run gives them"
     assert seen == []
 
 
 def test_more_ranks_than_rows_is_said(monkeypatch, capsys):
     run = Run(seed=0, deterministic=False)
-    given = resolve_auto(config(), LONGEST, SHAPE, None, shards=1)
+    given = resolve_auto(config(), LONGEST, SHAPE, None, sharding=WHOLE)
     model, optimizer = build(given)
     for ranks in (30, 31):
         run.world_size = ranks
@@ -156,7 +156,9 @@ def test_training_is_as_without_it(monkeypatch):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    settle(run, config(), resolve_auto(config(), LONGEST, SHAPE, ROOMY, shards=1), model, optimizer, LONGEST, SHAPE)
+    settle(
+        run, config(), resolve_auto(config(), LONGEST, SHAPE, ROOMY, sharding=WHOLE), model, optimizer, LONGEST, SHAPE
+    )
     assert torch.equal(torch.rand(4), expected)
     for name, value in trainable_parameters(model).items():
         assert torch.equal(value, before[name]) and value.grad is None
@@ -168,8 +170,8 @@ def test_optimizer_states_to_come_are_counted(monkeypatch):
     run = Run(seed=0, deterministic=False)
     given = dataclasses.replace(config(), batch=BatchConfig(tokens_per_microbatch=600))
     model, optimizer = build(given)
-    resolved = resolve_auto(given, LONGEST, SHAPE, ROOMY, shards=1)
-    moments = estimate_memory(given, SHAPE, 600, 0, shards=1).optimizer
+    resolved = resolve_auto(given, LONGEST, SHAPE, ROOMY, sharding=WHOLE)
+    moments = estimate_memory(given, SHAPE, 600, 0, sharding=WHOLE).optimizer
     monkeypatch.setattr(Run, "free_memory", lambda run: int(0.9 * moments / 0.95))
     with pytest.raises(ValueError, match="does not fit"):
         settle(run, given, resolved, model, optimizer, LONGEST, SHAPE)
@@ -189,7 +191,7 @@ def test_a_backward_that_does_not_compile(monkeypatch, caplog):
     backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=failing)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     model, optimizer = build(given)
-    settle(run, given, resolve_auto(given, LONGEST, SHAPE, None, shards=1), model, optimizer, LONGEST, SHAPE)
+    settle(run, given, resolve_auto(given, LONGEST, SHAPE, None, sharding=WHOLE), model, optimizer, LONGEST, SHAPE)
     assert model.layers.fallback.reason == "RuntimeError: planted: no backward"
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "qwen_train.model.compile"]
     assert "going on uncompiled" in warning

@@ -7,7 +7,7 @@ Counted from what model/lora.py, the kernels and torch.compile keep for backward
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen_train.config import Config, DPOConfig, SFTConfig, reference_source
 
@@ -38,6 +38,18 @@ OVERHEAD_TOKENS = 550
 """Tokens in whose time a micro-batch's fixed cost lies: 18,447 tokens/s at 16,384 and 16,809 at 4,096 (H200, 7B)."""
 RECOMPUTATION_TIME = 0.35
 """What recomputing every layer adds to the time of a step: 13,042 tokens/s against 17,600 (H200, 7B)."""
+
+
+class Sharding(NamedTuple):
+    """How FSDP2 spreads the weights; as it is by default, not at all."""
+
+    shards: int = 1
+    """GPUs that hold them together (HSDP: those of one replica); 1: each GPU holds them all."""
+    keeps_weights: bool = False
+    """Gathered once a step, and whole until its last backward (`fsdp_reshard_after_forward: false`)."""
+
+
+WHOLE = Sharding()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +174,12 @@ class Shape:
         return rank * sum(sizes[name] for i in layers for name in sizes if is_meant(f"model.layers.{i}.{name}"))
 
 
-def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recomputed: int, shards: int) -> Estimate:
+def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recomputed: int, sharding: Sharding) -> Estimate:
     """Peak of a step with micro-batches of `tokens` tokens and `recomputed` of the layers recomputed in backward.
 
-    `shards`: GPUs over which FSDP2 spreads the weights (HSDP: those of one replica); 1: each GPU holds them all.
     Raises ValueError for an adapter that loading refuses.
     """
-    shape, lora = Shape.of(model_config), config.lora.enabled
+    shape, lora, shards = Shape.of(model_config), config.lora.enabled, sharding.shards
     size = 4 if config.model.dtype == "float32" else 2
     adapter = _adapter(config, shape) if lora else 0
     trained = adapter if lora else shape.parameters
@@ -189,7 +200,7 @@ def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recompute
         gradients=trained * (4 if fp32_weights else size) // shards,
         optimizer=trained * (moments + (0 if fp32_weights else 4)) // shards,
         reference=_reference(config, shape, size, adapter) // shards,
-        gathered=_gathered(shape, size, lora) if shards > 1 else 0,
+        gathered=_gathered(shape, size, lora, sharding.keeps_weights) if shards > 1 else 0,
         activations=activations,
         working=max(working, last - activations),
         activations_per_token=per_token,
@@ -259,12 +270,10 @@ def _working(
     return max(head, layer), last
 
 
-def _gathered(shape: Shape, size: int, lora: bool) -> int:
-    """Bytes of the unsharded root and of a layer's weights, and the next one's; their gradients if they are trained."""
-    root, layers = shape.embeddings * size, 2 * shape.layer * size
-    if lora:
-        return root + layers
-    return root + shape.vocab * shape.hidden * size + layers + shape.layer * (size + 4)
+def _gathered(shape: Shape, size: int, lora: bool, keeps_weights: bool) -> int:
+    """Bytes of unsharded weights, root, layer and next one or all, and of the gradients of those that are trained."""
+    weights = (shape.parameters if keeps_weights else shape.embeddings + 2 * shape.layer) * size
+    return weights + (0 if lora else shape.vocab * shape.hidden * size + shape.layer * (size + 4))
 
 
 def _reference(config: SFTConfig, shape: Shape, size: int, adapter: int) -> int:
@@ -282,7 +291,7 @@ def _reference(config: SFTConfig, shape: Shape, size: int, adapter: int) -> int:
 # auto
 
 
-def candidates(config: SFTConfig, model_config: Any, longest: int, shards: int) -> list[Candidate]:
+def candidates(config: SFTConfig, model_config: Any, longest: int, sharding: Sharding) -> list[Candidate]:
     """What the `auto` fields may become, the fastest first: by the time that a token takes.
 
     A micro-batch holds the longest row (`longest` tokens), and no more than a step has, whatever number is given.
@@ -298,7 +307,7 @@ def candidates(config: SFTConfig, model_config: Any, longest: int, shards: int) 
         Candidate(
             recomputed=count,
             tokens=budget,
-            estimate=estimate_memory(config, model_config, budget, count, shards),
+            estimate=estimate_memory(config, model_config, budget, count, sharding),
             time=(1 + RECOMPUTATION_TIME * count / total) * (1 + OVERHEAD_TOKENS / budget),
         )
         for budget in budgets
@@ -321,7 +330,7 @@ def has_auto(config: SFTConfig) -> bool:
     return "auto" in (config.model.checkpoint_layers, config.batch.tokens_per_microbatch)
 
 
-def resolve_auto(config: Config, longest: int, model_config: Any, free_bytes: int | None, shards: int) -> Config:
+def resolve_auto(config: Config, longest: int, model_config: Any, free_bytes: int | None, sharding: Sharding) -> Config:
     """The config with `checkpoint_layers` and `tokens_per_microbatch` written out as numbers.
 
     On the CPU (no `free_bytes`): no recomputation, and a budget that holds the longest row. On a GPU, with the least
@@ -333,13 +342,13 @@ def resolve_auto(config: Config, longest: int, model_config: Any, free_bytes: in
     if not has_auto(config):
         # The longest row is what no micro-batch can do without; the budget itself may never be filled.
         layers = min(recomputed_layers(config), model_config.num_hidden_layers)
-        estimate = estimate_memory(config, model_config, longest, layers, shards)
+        estimate = estimate_memory(config, model_config, longest, layers, sharding)
         if estimate.total > free_bytes * (1 + ESTIMATE_ERROR):
-            raise does_not_fit(config, model_config, layers, longest, free_bytes, shards)
+            raise does_not_fit(config, model_config, layers, longest, free_bytes, sharding)
         return config
-    fits, candidate = fitting(config, model_config, longest, free_bytes, shards)
+    fits, candidate = fitting(config, model_config, longest, free_bytes, sharding)
     if not fits:
-        raise does_not_fit(config, model_config, candidate.recomputed, candidate.tokens, usable(free_bytes), shards)
+        raise does_not_fit(config, model_config, candidate.recomputed, candidate.tokens, usable(free_bytes), sharding)
     return with_candidate(config, candidate.recomputed, candidate.tokens)
 
 
@@ -348,9 +357,11 @@ def usable(free_bytes: int) -> int:
     return int(free_bytes * SHARE_OF_FREE)
 
 
-def fitting(config: SFTConfig, model_config: Any, longest: int, free_bytes: int, shards: int) -> tuple[bool, Candidate]:
+def fitting(
+    config: SFTConfig, model_config: Any, longest: int, free_bytes: int, sharding: Sharding
+) -> tuple[bool, Candidate]:
     """(True, the fastest candidate that fits by the estimate), or (False, the one that needs least)."""
-    possible = candidates(config, model_config, longest, shards)
+    possible = candidates(config, model_config, longest, sharding)
     for candidate in possible:
         if candidate.estimate.total <= usable(free_bytes):
             return True, candidate
@@ -358,12 +369,12 @@ def fitting(config: SFTConfig, model_config: Any, longest: int, free_bytes: int,
 
 
 def does_not_fit(
-    config: SFTConfig, model_config: Any, recomputed: int, tokens: int, room: int, shards: int
+    config: SFTConfig, model_config: Any, recomputed: int, tokens: int, room: int, sharding: Sharding
 ) -> DoesNotFitError:
     """The refusal, with the numbers of the least that is needed, and what of `config` may be changed."""
-    least = estimate_memory(config, model_config, tokens, recomputed, shards)
+    least = estimate_memory(config, model_config, tokens, recomputed, sharding)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in least.components.items() if size)
-    *most, last = _remedies(config, recomputed < model_config.num_hidden_layers, shards)
+    *most, last = _remedies(config, recomputed < model_config.num_hidden_layers, sharding)
     return DoesNotFitError(
         f"model.path: {config.model.path} does not fit: {least.total / GIB:.1f} GiB a GPU at {tokens} "
         f"tokens with {recomputed} layers recomputed ({parts}), and {room / GIB:.1f} GiB are free; use "
@@ -371,13 +382,15 @@ def does_not_fit(
     )
 
 
-def _remedies(config: SFTConfig, keeps_layers: bool, shards: int) -> list[str]:
+def _remedies(config: SFTConfig, keeps_layers: bool, sharding: Sharding) -> list[str]:
     """Settings that take less memory and that this config may have; the cheapest first, two at least."""
-    remedies = []
+    remedies, shards = [], sharding.shards
     if keeps_layers and config.model.checkpoint_layers != "auto":
         remedies.append("model.checkpoint_layers auto")
     if has_auto(config) and config.batch.tokens_per_microbatch != "auto":  # without autos only the longest row must fit
         remedies.append("batch.tokens_per_microbatch auto")
+    if sharding.keeps_weights:
+        remedies.append("fsdp_reshard_after_forward true in accelerate's config")
     more_gpus, in_8bit = "more GPUs under configs/accelerate/fsdp2.yaml", "optim.name adamw_8bit"
     has_8bit = shards > 1 or config.optim.name == "adamw_8bit"  # 8-bit moments and NF4 cannot be sharded
     if not config.lora.enabled:

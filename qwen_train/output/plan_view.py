@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qwen_train.command_line import load_config
 from qwen_train.config import REPOSITORY, DPOConfig, SFTConfig
-from qwen_train.model.memory import CARDS, GIB, Candidate, Shape, fitting, usable
+from qwen_train.model.memory import CARDS, GIB, Candidate, Shape, Sharding, fitting, usable
 from qwen_train.model.shapes import shape_of
 from qwen_train.train.measure import Measured
 from qwen_train.train.sharding import why_unshardable
@@ -89,7 +89,7 @@ def plan(
     made = []
     for card, free in cards.items():
         for over in [1, *sharded] if shards is None else sharded:
-            fits, candidate = fitting(config, shape, longest_row(config), int(free * GIB), over)
+            fits, candidate = fitting(config, shape, longest_row(config), int(free * GIB), Sharding(over))
             made.append(Layout(card, gpus, over, free, fits, candidate))
     return made
 

@@ -62,7 +62,7 @@ class _ControlTokens:
 
 def measure_steps(run: Run, given: Config, shape: Any, longest: int, steps: int) -> Measured:
     """Train random weights of the config's shape for a few steps of full micro-batches; `auto` values are settled."""
-    config = resolve_auto(given, longest, shape, run.free_memory(), run.shards)
+    config = resolve_auto(given, longest, shape, run.free_memory(), run.sharding)
     started = time.perf_counter()
     config, model, optimizer, reference = _scratch_run(run, config, shape)
     # As above, with the `auto` values.
@@ -92,7 +92,7 @@ def measure_steps(run: Run, given: Config, shape: Any, longest: int, steps: int)
         head_fraction=len(batch.targets) / batch.num_tokens,
         reference_forward=reference is not None,
     )
-    estimate = estimate_memory(config, shape, tokens, recomputed_layers(config), run.shards)
+    estimate = estimate_memory(config, shape, tokens, recomputed_layers(config), run.sharding)
     rate = microbatches.num_tokens / step_seconds
     return Measured(
         device=run.device.type,

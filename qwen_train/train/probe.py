@@ -70,7 +70,7 @@ def settle(
     free = run.free_memory()
     if free is None or not has_auto(given):
         return config
-    possible = candidates(given, shape, longest, run.shards)
+    possible = candidates(given, shape, longest, run.sharding)
     candidate = next(one for one in possible if with_candidate(given, one.recomputed, one.tokens) == config)
     while True:
         model.layers.recompute(candidate.recomputed)
@@ -89,7 +89,7 @@ def settle(
         least = min(excess, 0.03 * candidate.estimate.total)
         smaller = [one for one in possible if one.estimate.total <= candidate.estimate.total - least]
         if not smaller:
-            raise does_not_fit(given, shape, candidate.recomputed, candidate.tokens, int(room), run.shards)
+            raise does_not_fit(given, shape, candidate.recomputed, candidate.tokens, int(room), run.sharding)
         reason = "out of memory" if math.isinf(excess) else "too much memory"
         run.note(f"auto: {what}: {reason}, trying the next smaller one")
         candidate = smaller[0]

@@ -40,7 +40,9 @@ def main() -> None:
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     os.environ.setdefault("FSDP_RESHARD_AFTER_FORWARD", "true")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
-    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = repeat, keep
+    # As torch 2.11 and 2.13 call them.
+    dist.all_gather_into_tensor = dist.all_gather_single = repeat
+    dist.reduce_scatter_tensor = dist.reduce_scatter_single = keep
     distributed._meet_peers = lambda: None  # there is nobody to wait for
     if torch.cuda.is_available():
         torch.cuda.set_device(0)
