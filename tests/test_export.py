@@ -30,6 +30,7 @@ from tests.faulty_disk import FaultyDisk, in_child, no_space
 
 TINY = Path(__file__).parents[1] / "configs/tiny/model"
 ROWS = torch.tensor([[5, 9, 77, 300, 12, 1000, 3, 8]])
+OF_BASE = {"base_sha256": "0", "base": "there"}
 PICKLES = re.compile(r"\.(bin|pt|pth|pkl|pickle|ckpt)$|training_args|\.metadata$")
 
 
@@ -76,7 +77,7 @@ def files_below(folder: Path) -> list[str]:
 def test_the_base_is_found_from_any_working_directory(tmp_path, tokenizer, monkeypatch, base, named):
     monkeypatch.chdir(tmp_path)
     base_model().save_pretrained("base")
-    write_adapter(tmp_path / "adapter", adapted(base_model()), None, tokenizer, base)
+    write_adapter(tmp_path / "adapter", adapted(base_model()), None, tokenizer, base, OF_BASE)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == named.format(here=tmp_path)
 
@@ -86,13 +87,14 @@ def test_an_adapter_gives_the_trained_logits_to_who_loads_it(tmp_path, tokenizer
     base = base_model()
     base.save_pretrained(tmp_path / "base")
     model = adapted(base, **options)
-    write_adapter(tmp_path / "adapter", model, None, tokenizer, str(tmp_path / "base"))
+    write_adapter(tmp_path / "adapter", model, None, tokenizer, str(tmp_path / "base"), OF_BASE)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(loaded.eval()), logits(model))
     assert (logits(model) - logits(base)).abs().max() > 0.1  # the adapter does something
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     assert config["inference_mode"] is True and config["r"] == 4
+    assert json.loads((tmp_path / "adapter" / "base.json").read_text()) == OF_BASE, "in the folder from the first"
     assert config["target_modules"] == sorted(config["target_modules"])
     linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {name.split(".")[-1] for name in config["target_modules"]} == linear
@@ -110,7 +112,7 @@ def test_tensors_may_be_given_under_either_name(tmp_path, tokenizer, options, sp
     if spelling == "without the adapter's name":
         given = {name.replace(".default.", "."): tensor for name, tensor in given.items()}
     given = {name: tensor + 1 for name, tensor in given.items()}  # the given ones count, not the model's own
-    write_adapter(tmp_path / "adapter", model, given, tokenizer, "base")
+    write_adapter(tmp_path / "adapter", model, given, tokenizer, "base", OF_BASE)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "adapter").state_dict()
     adapter = {name: tensor for name, tensor in loaded.items() if "lora_" in name}
     assert len(adapter) == sum("lora_" in name for name in model.state_dict())
@@ -124,14 +126,14 @@ def test_a_missing_or_strange_tensor_is_refused_and_nothing_is_written(tmp_path,
     first = min(whole)
     for broken in ({name: whole[name] for name in whole if name != first}, {**whole, "x.lora_A.weight": whole[first]}):
         with pytest.raises(RuntimeError, match=r"adapter: [01] tensors are missing .* nothing was written"):
-            write_adapter(tmp_path / "adapter", model, broken, tokenizer, "base")
+            write_adapter(tmp_path / "adapter", model, broken, tokenizer, "base", OF_BASE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_adapter_of_the_model_stays_behind(tmp_path, tokenizer):
     model = adapted(base_model())
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    write_adapter(tmp_path / "adapter", model, None, tokenizer, "base")
+    write_adapter(tmp_path / "adapter", model, None, tokenizer, "base", OF_BASE)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "adapter")
     assert loaded.peft_config["default"].r == 4
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as stored:
@@ -139,7 +141,7 @@ def test_another_adapter_of_the_model_stays_behind(tmp_path, tokenizer):
 
 
 def test_the_tokenizer_beside_the_weights_renders_the_same(tmp_path, tokenizer):
-    write_adapter(tmp_path / "adapter", adapted(base_model()), None, tokenizer, "base")
+    write_adapter(tmp_path / "adapter", adapted(base_model()), None, tokenizer, "base", OF_BASE)
     assert (tmp_path / "adapter" / "chat_template.jinja").read_text() == (TINY / "chat_template.jinja").read_text()
     loaded = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     messages = [
@@ -168,31 +170,31 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, tokenizer, monkeypat
         assert all(first) or not any(first)
         return first[0]
 
-    write_adapter(target, model, None, tokenizer, "base")
+    write_adapter(target, model, None, tokenizer, "base", OF_BASE)
     (target / "old.txt").write_text("of the first export")
     counter = FaultyDisk()
     monkeypatch.setattr(files, "disk", counter)
-    write_adapter(target, model, changed, tokenizer, "base")
+    write_adapter(target, model, changed, tokenizer, "base", OF_BASE)
     assert not is_first() and not (target / "old.txt").exists()
     counter.names.clear()
-    write_adapter(target, model, changed, tokenizer, "base")
+    write_adapter(target, model, changed, tokenizer, "base", OF_BASE)
     replaced = []
     for at in range(len(counter.names)):
         monkeypatch.setattr(files, "disk", files.Disk())
-        write_adapter(target, model, None, tokenizer, "base")
+        write_adapter(target, model, None, tokenizer, "base", OF_BASE)
 
         def die(at: int = at) -> None:
             files.disk = FaultyDisk(at)
-            write_adapter(target, model, changed, tokenizer, "base")
+            write_adapter(target, model, changed, tokenizer, "base", OF_BASE)
 
         assert in_child(die) == -signal.SIGKILL
         files.clean_leftovers(tmp_path)
         replaced.append(not is_first())
     assert replaced == sorted(replaced) and {*replaced} == {False, True}
-    write_adapter(target, model, None, tokenizer, "base")
+    write_adapter(target, model, None, tokenizer, "base", OF_BASE)
     monkeypatch.setattr(files, "disk", FaultyDisk(0, no_space, only=("write",)))
     with pytest.raises(OSError, match="No space"):
-        write_adapter(target, model, changed, tokenizer, "base")
+        write_adapter(target, model, changed, tokenizer, "base", OF_BASE)
     assert is_first()
 
 
@@ -228,7 +230,7 @@ def test_generation_ends_where_a_turn_does(tmp_path, before, after):
     model = base_model()
     model.config.eos_token_id = model.generation_config.eos_token_id = before
     write_full_model(tmp_path / "model", model, None, tokenizer)
-    write_adapter(tmp_path / "adapter", adapted(base_model()), None, tokenizer, "base")
+    write_adapter(tmp_path / "adapter", adapted(base_model()), None, tokenizer, "base", OF_BASE)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert (loaded.generation_config.eos_token_id, loaded.config.eos_token_id) == (after, after)
     for folder in ("model", "adapter"):
@@ -350,7 +352,7 @@ def test_the_snippet_of_the_card_runs(tmp_path, tokenizer, monkeypatch, capsys, 
     model = adapted(base)
     card = tmp_path / place
     text = card_of(card, base_name=str(tmp_path / "base"), weights=os.path.relpath(tmp_path / "adapter", card))
-    write_adapter(tmp_path / "adapter", model, None, tokenizer, str(tmp_path / "base"), card=text)
+    write_adapter(tmp_path / "adapter", model, None, tokenizer, str(tmp_path / "base"), OF_BASE, card=text)
     assert ("../base" if place == "adapter" else "base") in text and os.fspath(tmp_path) not in text
     [snippet] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(card)

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_train.model.adapters import is_hub_id
+from qwen_train.model.adapters import BASE, is_hub_id
 from qwen_train.model.load import FAMILIES
 from qwen_train.train.files import replacing_folder, write_bytes_atomic, write_file, write_tensors
 
@@ -46,14 +46,15 @@ def write_adapter(
     state_dict: Mapping[str, Tensor] | None,
     tokenizer: PreTrainedTokenizerBase,
     base_name: str,
+    of_base: Mapping[str, Any],
     *,
     card: str | None = None,
 ) -> None:
-    """Write a PEFT adapter folder: adapter_model.safetensors, adapter_config.json, tokenizer, template, card.
+    """Write a PEFT adapter folder: adapter_model.safetensors, adapter_config.json, base.json, tokenizer, card.
 
     `state_dict`: the adapter's tensors (gathered, if they are sharded), named as in the model or as PEFT stores them;
     None takes those of `peft_model`. Raises RuntimeError where they are not exactly the adapter's. `base_name`, a
-    hub id or a folder, becomes base_model_name_or_path.
+    hub id or a folder, becomes base_model_name_or_path; `of_base` is what base.json says of it (`read_base`).
     """
     tensors = _adapter_tensors(peft_model, state_dict)
     config: Any = copy.deepcopy(peft_model.peft_config["default"])
@@ -63,7 +64,8 @@ def write_adapter(
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # the same file every time
     with replacing_folder(folder) as temporary:
-        write_tensors(temporary / "adapter_model.safetensors", {name: t.detach() for name, t in tensors.items()})
+        write_tensors(temporary / "adapter_model.safetensors", dict(tensors))
+        write_file(temporary / BASE, [f"{json.dumps(of_base, indent=2)}\n".encode()])
         config.save_pretrained(str(temporary))
         base: Any = peft_model.get_base_model()
         write_tokenizer(temporary, tokenizer, base.config.model_type)
@@ -320,7 +322,7 @@ def shown_path(name: str) -> str:
     if not _is_local(name):
         return _scrubbed(name)
     path = Path(name).expanduser().resolve()
-    if _is_ours(path):
+    if _is_below_here(path):
         return os.path.relpath(path)
     return f"{path.parent.name}/{path.name}" if (path.parent / "run_id").is_file() else _last_part(name)
 
@@ -332,14 +334,14 @@ def _portable(name: str, folder: Path) -> str:
     path, folder = Path(name).expanduser().resolve(), folder.resolve()
     relative = os.path.relpath(path, folder)
     beside = not relative.startswith("../..")
-    return relative if beside or (_is_ours(path) and _is_ours(folder)) else shown_path(name)
+    return relative if beside or (_is_below_here(path) and _is_below_here(folder)) else shown_path(name)
 
 
 def _is_local(name: str) -> bool:
     return Path(name).is_absolute() or name.startswith(("~", ".", "\\")) or Path(name).exists()
 
 
-def _is_ours(path: Path) -> bool:
+def _is_below_here(path: Path) -> bool:
     """Within the working directory, unless that is above the home: the way down would tell whose it is."""
     here = Path.cwd()
     return path.is_relative_to(here) and here not in Path.home().parents

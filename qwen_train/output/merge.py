@@ -23,7 +23,6 @@ from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPrefer
 from qwen_train.data.packing import Batch, pack_sequences, supervised_answer
 from qwen_train.data.tokenize import JudgedRow, judge
 from qwen_train.model.adapters import (
-    BASE,
     adapter_sha256,
     check_base,
     concatenate_adapters,
@@ -39,7 +38,6 @@ from qwen_train.model.memory import Shape
 from qwen_train.model.packed import PackedLM, evaluating
 from qwen_train.model.weights import read_weights
 from qwen_train.output.export import shown_path, write_adapter, write_full_model, write_model_card
-from qwen_train.train.files import write_json_atomic
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -103,8 +101,7 @@ def device_with_room(device: torch.device, model_config: Any, dtype: torch.dtype
     return device if torch.cuda.mem_get_info(device)[0] > needed else torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SFT and DPO as one adapter
+# SFT and DPO as one adapter ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,8 +142,8 @@ def write_joined(
         reason = str(error)
     else:
         r = joined.peft_config["default"].r  # type: ignore[attr-defined]
-        write_adapter(target, joined, None, tokenizer, base)
-        write_json_atomic(target / BASE, {"base_sha256": read_base(delta)["original_base_sha256"], "base": base})
+        of_base = {"base_sha256": read_base(delta)["original_base_sha256"], "base": base}
+        write_adapter(target, joined, None, tokenizer, base, of_base)
         model = packed(load_adapter(without_adapters(joined), target), tokenizer)
         difference = Difference.between(score(model, probe), expected)
         if difference.mean <= tolerance:
@@ -185,13 +182,12 @@ def write_delta(
         f"# This run's part alone\n\nTrained on `{Path(base).name}` with another adapter merged into it. On the base "
         "alone it is another model: load `../adapter` there, which holds both.\n"
     )
-    write_adapter(delta, trained, tensors, tokenizer, place, card=card)
     merged = {"adapter": start, "adapter_sha256": adapter_sha256(start)}
-    write_json_atomic(delta / BASE, {"original_base_sha256": base_sha256, "merged": merged})
+    of_base = {"original_base_sha256": base_sha256, "merged": merged}
+    write_adapter(delta, trained, tensors, tokenizer, place, of_base, card=card)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# launch/merge.py
+# launch/merge.py -----------------------------------------------------------------------------------------------------
 
 
 def merge(adapter: str, out: str, base: str | None = None, rows: str | None = None, dtype: str = "auto") -> Difference:

@@ -15,17 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from qwen_train.config import SFTConfig, as_dict
 from qwen_train.data.packing import Batch
 from qwen_train.data.sources import resolve_paths
-from qwen_train.model.adapters import BASE
 from qwen_train.model.packed import PackedLM, trainable_parameters
 from qwen_train.output.export import CardKind, shown_path, write_adapter, write_full_model, write_model_card
 from qwen_train.output.merge import score, write_delta, write_joined
 from qwen_train.train.distributed import Run
-from qwen_train.train.files import write_json_atomic
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.progress import ANSWERS, Progress, require_finite
 from qwen_train.train.status import write_status
 
-OUTCOMES = {
+LAST_WORDS = {
     "eval/loss": ("held-out loss", ("data.eval",)),
     "eval/logps/accuracies": ("held-out preference accuracy (chosen is the likelier answer)", ("data.eval",)),
     "eval/rewards/accuracies": ("held-out reward accuracy (chosen gained more since the start)", ("data.eval",)),
@@ -91,7 +89,7 @@ def write_result(
     write_model_card(folder.path, weights=result.folder.name, **card)
     write_status(folder.path, "finished", step=progress.step, result=str(result.folder))
     run.note(*result.notes)
-    run.note(*_outcomes(evaluations, progress), f"{result.folder.name}: {result.folder}")
+    run.note(*_last_words(evaluations, progress), f"{result.folder.name}: {result.folder}")
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,7 @@ def _adapter(
     base_name: str,
     base_sha256: str,
 ) -> _Result:
-    write_adapter(folder, lm, tensors, tokenizer, base_name)
-    write_json_atomic(folder / BASE, {"base_sha256": base_sha256, "base": base_name})
+    write_adapter(folder, lm, tensors, tokenizer, base_name, {"base_sha256": base_sha256, "base": base_name})
     return _Result(folder, "adapter", {"r": config.lora.r, "use_dora": config.lora.use_dora})
 
 
@@ -166,13 +163,13 @@ def _evaluations(folder: RunFolder) -> dict[int, dict[str, float]]:
     return evaluations
 
 
-def _outcomes(evaluations: dict[int, dict[str, float]], progress: Progress) -> list[str]:
+def _last_words(evaluations: dict[int, dict[str, float]], progress: Progress) -> list[str]:
     """What came of the run, a line a metric: its last value, and its first of the same held-out data if there is one.
 
     The last value is of the weights that are handed over, or there is no line.
     """
     lines = []
-    for name, (title, splits) in OUTCOMES.items():
+    for name, (title, splits) in LAST_WORDS.items():
         since = max(progress.held_out_since.get(split, 0) for split in splits)
         values = {step: values[name] for step, values in evaluations.items() if name in values and step >= since}
         if progress.step in values:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.data.chat import Template
+from qwen_train.data.packing import Batch, IntArray
 from qwen_train.data.stream import (
     Collate,
     collate_conversations,
@@ -26,20 +27,15 @@ from qwen_train.train.progress import Progress
 from qwen_train.train.reference import Reference, RefLogps, score_pairs
 from qwen_train.train.signals import Interrupted
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from qwen_train.data.packing import Batch, IntArray
-
 
 @dataclass(frozen=True)
 class HeldOut:
     """Held-out rows, ready to be scored, and the prompts that are answered."""
 
-    lengths: "IntArray"
+    lengths: IntArray
     """Packed tokens of each row."""
     collate: Collate
-    plan: "list[IntArray]"
+    plan: list[IntArray]
     """Rows of each micro-batch of every rank (`plan_microbatches`)."""
     prompts: Sequence[list[int]]
     """Token ids up to the last answer, of the first rows."""
@@ -48,7 +44,7 @@ class HeldOut:
     max_new_tokens: int
 
 
-def hold_out(data: TokenDataset, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig, world_size: int) -> HeldOut:
+def hold_out(data: TokenDataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, world_size: int) -> HeldOut:
     """Held-out conversations of `data`; the last answers of the first `run.eval_samples` rows are to be generated."""
     template = Template(tokenizer)
     prompts, answers = [], []
@@ -67,12 +63,12 @@ def hold_out(data: TokenDataset, tokenizer: "PreTrainedTokenizerBase", config: S
     )
 
 
-def _plan(lengths: "IntArray", config: SFTConfig, world_size: int) -> "list[IntArray]":
+def _plan(lengths: IntArray, config: SFTConfig, world_size: int) -> list[IntArray]:
     """Held-out rows as micro-batches of training's budget, or of the longest row if that is longer."""
     return plan_microbatches(lengths, max(microbatch_tokens(config), int(lengths.max())), world_size)
 
 
-def _in_evaluation(run: Run, model: PackedLM, held_out: HeldOut) -> Iterator["Batch"]:
+def _in_evaluation(run: Run, model: PackedLM, held_out: HeldOut) -> Iterator[Batch]:
     """This rank's held-out batches on the device, the model in evaluation mode until they end.
 
     Raises Interrupted, on all ranks alike, when a signal asks the run to leave.
@@ -113,7 +109,7 @@ def evaluate_sft(run: Run, model: PackedLM, held_out: HeldOut) -> dict[str, floa
 
 
 def sample_answers(
-    run: Run, model: PackedLM, held_out: HeldOut, tokenizer: "PreTrainedTokenizerBase"
+    run: Run, model: PackedLM, held_out: HeldOut, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, float], list[dict[str, str]]]:
     """Greedy answers to the held-out prompts, each rank taking its share.
 
@@ -155,7 +151,7 @@ Losses are nats per supervised token, exact over all GPUs; `train` values are of
 """
 
 
-# --- Pairs
+# Pairs ---------------------------------------------------------------------------------------------------------------
 
 SIDES = ("chosen", "rejected")
 
@@ -216,7 +212,7 @@ def under(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def sample_reference(
-    run: Run, reference: Reference, held_out: HeldOut, tokenizer: "PreTrainedTokenizerBase"
+    run: Run, reference: Reference, held_out: HeldOut, tokenizer: PreTrainedTokenizerBase
 ) -> list[str] | None:
     """The reference's greedy answers to the held-out prompts, the same at every step; None without a reference."""
     if reference.source is None:

@@ -6,22 +6,23 @@ Literal of OptimConfig in config.py, too.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw as adamw_update
 
-if TYPE_CHECKING:
-    from qwen_train.config import OptimConfig
+from qwen_train.config import OptimConfig
 
 ParamGroups = list[dict[str, Any]]
 BLOCK_8BIT = 256  # moments that share a scale, in bitsandbytes' kernels
 SMALLEST_8BIT = 4096  # elements; below, moments stay in fp32
 
 
-# ---- schedules: progress after the warm-up, in [0, 1) -> share of the way from min_lr_ratio * lr up to lr ----
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+# Each gives of the progress after the warm-up, in [0, 1), the share of the way from min_lr_ratio * lr up to lr.
 
 
 def cosine(progress: float) -> float:
@@ -42,8 +43,8 @@ def constant(progress: float) -> float:
 SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "linear": linear, "constant": constant}
 
 
-def learning_rate(config: "OptimConfig", step: int, total_steps: int) -> float:
-    """Learning rate of 0-based ``step`` of ``total_steps``, a pure function of its arguments.
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of 0-based `step` of `total_steps`, a pure function of its arguments.
 
     Warm-up takes ceil(warmup_ratio * total_steps) steps and ends at lr; its first step is already above 0. The schedule
     then falls to min_lr_ratio * lr at the end of the last step, so no step is spent at a rate of 0.
@@ -57,12 +58,12 @@ def learning_rate(config: "OptimConfig", step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Use ``lr`` from the next step on, in every group."""
+    """Use `lr` from the next step on, in every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-# ---- optimizers ----
+# Optimizers ----------------------------------------------------------------------------------------------------------
 
 
 def param_groups(named_params: Iterable[tuple[str, Tensor]], weight_decay: float) -> ParamGroups:
@@ -84,8 +85,8 @@ def param_groups(named_params: Iterable[tuple[str, Tensor]], weight_decay: float
 class WithMasters(Optimizer):
     """An optimizer whose updates go to fp32 masters of the bf16 parameters; fp32 parameters are their own masters.
 
-    Gradients become fp32 ``chunk_elements`` at a time, so no second full copy of them ever exists. Masters are taken
-    from the parameters at the first step, or come with ``load_optimizer_state``.
+    Gradients become fp32 `chunk_elements` at a time, so no second full copy of them ever exists. Masters are taken
+    from the parameters at the first step, or come with `load_optimizer_state`.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class WithMasters(Optimizer):
         self.chunk_elements = chunk_elements
 
     def _state(self, param: Tensor) -> dict[str, Any]:
-        """The parameter's state; begun, with ``master`` as its last entry, where there is none."""
+        """The parameter's state; begun, with `master` as its last entry, where there is none."""
         state: dict[str, Any] = self.state[param]
         if not state:
             assert param.is_contiguous(), "a flat view must alias the parameter"
@@ -149,7 +150,7 @@ class MasterWeights(WithMasters):
                         param.copy_(master)
 
     def _chunks(self, params: list[Tensor]) -> Iterator[list[tuple[Tensor, ...]]]:
-        """Flat pieces (param, grad, master, exp_avg, exp_avg_sq, step), at most ``chunk_elements`` elements a chunk."""
+        """Flat pieces (param, grad, master, exp_avg, exp_avg_sq, step), at most `chunk_elements` elements a chunk."""
         chunk: list[tuple[Tensor, ...]] = []
         room = self.chunk_elements
         for param in params:
@@ -268,22 +269,22 @@ class MasterWeights8bit(WithMasters):
         return state
 
 
-def adamw(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
+def adamw(groups: ParamGroups, config: OptimConfig) -> Optimizer:
     """Fused AdamW with fp32 moments; bf16 parameters get fp32 masters."""
     if any(param.dtype != torch.float32 for param in _params(groups)):
         return MasterWeights(groups, lr=config.lr, betas=config.betas)
     return AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
-def adamw_8bit(groups: ParamGroups, config: "OptimConfig") -> Optimizer:
+def adamw_8bit(groups: ParamGroups, config: OptimConfig) -> Optimizer:
     """AdamW with 8-bit moments; bf16 parameters get fp32 masters."""
     return MasterWeights8bit(groups, lr=config.lr, betas=config.betas)
 
 
-OPTIMIZERS: dict[str, Callable[[ParamGroups, "OptimConfig"], Optimizer]] = {"adamw": adamw, "adamw_8bit": adamw_8bit}
+OPTIMIZERS: dict[str, Callable[[ParamGroups, OptimConfig], Optimizer]] = {"adamw": adamw, "adamw_8bit": adamw_8bit}
 
 
-def build_optimizer(named_params: Iterable[tuple[str, Tensor]], config: "OptimConfig") -> Optimizer:
+def build_optimizer(named_params: Iterable[tuple[str, Tensor]], config: OptimConfig) -> Optimizer:
     """The configured optimizer over the trainable parameters."""
     return OPTIMIZERS[config.name](param_groups(named_params, config.weight_decay), config)
 
@@ -292,15 +293,15 @@ def _params(groups: ParamGroups) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
 
 
-# ---- state as flat tensors, for checkpoints without pickle ----
+# Their state as flat tensors, for checkpoints without pickle ---------------------------------------------------------
 
 STATELESS = "stateless"
 
 
 def optimizer_state(optimizer: Optimizer, named_params: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The optimizer's state as ``{"<parameter name>/<entry>": tensor}``, exact; the tensors are the live ones.
+    """The optimizer's state as `{"<parameter name>/<entry>": tensor}`, exact; the tensors are the live ones.
 
-    A parameter that has not been updated yet has the single entry ``stateless``, so that every parameter is accounted
+    A parameter that has not been updated yet has the single entry `stateless`, so that every parameter is accounted
     for. Python integers become int64 scalars. Under FSDP2 the tensors are DTensors. Hyper-parameters are not state:
     they come from the config and the step.
     """
@@ -313,7 +314,7 @@ def optimizer_state(optimizer: Optimizer, named_params: Iterable[tuple[str, Tens
 
 
 def place_masters(params: Mapping[str, Tensor], weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Put the fp32 masters of a checkpoint where this run keeps them; ``weights`` and ``state`` (as ``optimizer_state``
+    """Put the fp32 masters of a checkpoint where this run keeps them; `weights` and `state` (as `optimizer_state`
     gives it) are changed.
 
     Of bf16 parameters they are entries of the state; FSDP2 has fp32 parameters, which are the masters themselves.
@@ -329,7 +330,7 @@ def place_masters(params: Mapping[str, Tensor], weights: dict[str, Tensor], stat
 def load_optimizer_state(
     optimizer: Optimizer, named_params: Iterable[tuple[str, Tensor]], state: Mapping[str, Tensor]
 ) -> None:
-    """Restore what ``optimizer_state`` gave, bit for bit; ``state`` is copied.
+    """Restore what `optimizer_state` gave, bit for bit; `state` is copied.
 
     Raises ValueError, before anything changes, if parameters are missing or unknown, entries are not this optimizer's,
     or shapes differ.

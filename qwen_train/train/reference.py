@@ -14,12 +14,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from qwen_train.config import DPOConfig, reference_source
 from qwen_train.data.digest import file_sha256, json_sha256
@@ -37,9 +37,6 @@ from qwen_train.train.distributed import Run
 from qwen_train.train.files import install_folder, write_file, write_tensors
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.progress import Progress, accept
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +61,7 @@ class Reference:
     """The frozen model that the policy is compared with, in evaluation mode and without gradient."""
 
     def __init__(
-        self, config: DPOConfig, policy: PackedLM, tokenizer: "PreTrainedTokenizerBase", run: Run, base: Path | None
+        self, config: DPOConfig, policy: PackedLM, tokenizer: PreTrainedTokenizerBase, run: Run, base: Path | None
     ) -> None:
         """For source `model` this loads the second model; `base` is that of `load_model`."""
         self.config = config
@@ -218,7 +215,7 @@ def _frozen_tensors(lm: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def check_reference(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_reference(config: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse (ValueError), before any model loads, a source that cannot be or a reference of another vocabulary."""
     if reference_source(config) == "model" and config.reference.path is not None:
         other = _reference_tokenizer(config)
@@ -230,7 +227,7 @@ def check_reference(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase") -> 
             )
 
 
-def _reference_tokenizer(config: DPOConfig) -> "PreTrainedTokenizerBase":
+def _reference_tokenizer(config: DPOConfig) -> PreTrainedTokenizerBase:
     assert config.reference.path is not None
     model = dataclasses.replace(config.model, path=config.reference.path, revision=None, adapter=None)
     try:
@@ -239,7 +236,7 @@ def _reference_tokenizer(config: DPOConfig) -> "PreTrainedTokenizerBase":
         raise ValueError(str(error).replace("model.path:", "reference.path:")) from None
 
 
-def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: Run, base: Path | None) -> PackedLM:
+def _second_model(config: DPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run, base: Path | None) -> PackedLM:
     """`reference.path`, or without one a second copy of what training starts from; frozen."""
     model = config.model
     if config.reference.path is not None:
@@ -252,8 +249,7 @@ def _second_model(config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", run: 
     return run.prepare(reference).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
+# The cache -----------------------------------------------------------------------------------------------------------
 
 
 def _read_table(cache: Path, num_rows: int) -> tuple[Tensor | None, str | None]:
@@ -288,8 +284,7 @@ def _write_table(cache: Path, table: Tensor, parts: dict[str, str | None]) -> No
         ) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Proof that policy = reference at step 0
+# Proof that policy = reference at step 0 -----------------------------------------------------------------------------
 
 
 def _beyond_tolerance(absolute: float, signed: float, dtype: str) -> str | None:

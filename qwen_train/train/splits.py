@@ -1,6 +1,6 @@
 """The rows that a training reads as token arrays, the same on every rank."""
 
-from typing import TYPE_CHECKING
+from transformers import PreTrainedTokenizerBase
 
 from qwen_train.config import SFTConfig
 from qwen_train.data.chat import ChatOptions
@@ -8,11 +8,8 @@ from qwen_train.data.sources import data_splits, resolve_paths, source_places
 from qwen_train.data.tokenize import TokenDataset, tokenize
 from qwen_train.train.distributed import Run
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def load_split(run: Run, config: SFTConfig, name: str, tokenizer: "PreTrainedTokenizerBase") -> TokenDataset:
+def load_split(run: Run, config: SFTConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> TokenDataset:
     """One of `data_splits(config)`: tokenised by the first rank of each machine, read from the cache by the others.
 
     Raises ValueError with the rows in error, and where machines have other rows than rank 0's.
