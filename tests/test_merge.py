@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -389,6 +389,43 @@ def test_an_adapter_that_cannot_be_continued(start: Path, base: str, tmp_path: P
     with pytest.raises(ValueError, match=r"dropout has lora\.dropout 0\.1, and an fp8 base takes plain LoRA only"):
         resolve_start(dpo_config(*continued, str(dropout), *fp8))
     resolve_start(dpo_config(*continued, str(start), *fp8))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: {name: t[name] for name in t if "layers.1.mlp" not in name},
+            r"\(and 5 more\) is in one",
+        ),
+        (lambda t: t | {name.replace("rs.1", "rs.2"): t[name].clone() for name in t}, "layers.2.* is in one of them"),
+        (lambda t: {name: t[name][:2].clone() for name in t}, "cannot be loaded .RuntimeError: .*size mismatch"),
+        (None, "cannot be loaded .SafetensorError: "),
+    ],
+    ids=["of fewer layers", "of more layers", "of another shape", "cut off"],
+)
+def test_what_is_continued_is_all_of_an_adapter(change: Any, said: str, start: Path, base: str, tmp_path: Path) -> None:
+    """PEFT draws what is missing, leaves out what has no place, and warns; a damaged file has an error of its own."""
+    adapter = Path(shutil.copytree(start, tmp_path / "adapter"))
+    config = dpo_config("--model.path", base, "--model.adapter", str(adapter), "--model.adapter_start", "continue")
+    load(config)
+    file = adapter / "adapter_model.safetensors"
+    if change is None:
+        file.write_bytes(file.read_bytes()[:-50])
+    else:
+        save_file(change(load_file(file)), file)
+    with pytest.raises(ValueError, match=rf"^model\.adapter: {adapter} .*{said}.*; .* again$") as refused:
+        load(config)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}, {"rank_pattern": {"q_proj": 3}}])
+def test_adapters_of_other_tools_are_continued(
+    settings: dict[str, Any], base: str, batch: Batch, tmp_path: Path
+) -> None:
+    other = foreign_adapter(base, tmp_path / "other", target_modules="all-linear", **settings)
+    config = dpo_config("--model.path", base, "--model.adapter", str(other), "--model.adapter_start", "continue")
+    assert gap(score(load(config), batch), plain(base, other, batch)) <= TOLERANCE
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(base: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +63,7 @@ def place_of_weights(
     """
     if on_cpu and not draws:
         return torch.device("cpu")
-    if config.model.quantization == "nf4" and base is None:
+    if config.model.quantization == "nf4" and draws and base is None:
         return torch.device("meta")
     if config.model.quantization != "nf4" or not (draws or config.model.merges) or device.type != "cuda":
         return device
@@ -147,9 +148,13 @@ def read_weights(path: str, **options: Any) -> PreTrainedModel:
         (report["unexpected_keys"], "has no place in the model of its config.json"),
     ):
         if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ValueError(f"{sorted(names)[0]}{more} {fault}")
+            raise ValueError(f"{first_of(names)} {fault}")
     return cast(PreTrainedModel, lm)
+
+
+def first_of(names: Collection[str]) -> str:
+    """The first of names in their order, and how many more there are."""
+    return f"{min(names)} (and {len(names) - 1} more)" if len(names) > 1 else min(names)
 
 
 def first_line(error: Exception) -> str:
