@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import os
 import subprocess
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qwen_train.command_line import load_config
@@ -415,6 +417,21 @@ def test_arrow_nulls_are_removed_and_own_nulls_are_not(tmp_path: Any) -> None:
     assert isinstance(parsed, Conversation)
     call = parsed.messages[1]["tool_calls"][0]
     assert call["function"]["arguments"] == {"x": None, "y": [None, {}]}
+
+
+def test_bytes_are_no_text_and_nan_is_no_value(tmp_path: Path) -> None:
+    """b'Hi' was trained as these five characters, and a column that pandas left empty made every row an error."""
+    texts: dict[str, Any] = {"instruction": ["Hi", "Ho"], "input": [math.nan, math.nan], "output": ["x", "y"]}
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({**texts, "image": [b"\xff", b"1"]}), file)
+    assert [row["instruction"] for _, row in places_and_rows(file)] == ["Hi", "Ho"]
+    (first, _) = (parse_row(raw.text, "sft") for raw in read_rows(0, str(file)))
+    assert isinstance(first, Conversation) and [m["content"] for m in first.messages] == ["Hi", "x"]
+    assert first.unread == ("image",)
+    pyarrow.parquet.write_table(pyarrow.table({**texts, "output": [b"x", b"y"]}), file)
+    for raw in read_rows(0, str(file)):
+        with pytest.raises(RowError, match=r"^output\.content must be text, got dict$"):
+            parse_row(raw.text, "sft")
 
 
 @pytest.mark.parametrize(

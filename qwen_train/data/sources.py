@@ -338,7 +338,7 @@ def read_rows(source: int, path: str) -> Iterator[RawRow]:
         yield from _read_json(source, path)
     else:
         for index, row in enumerate(_read_parquet(path) if kind == "parquet" else _load_set(path)):
-            text = json.dumps(_without_nulls(row), default=str)
+            text = json.dumps(_without_nulls(row), default=_plain)
             yield RawRow(source, path, index, text, has_lines=False)
 
 
@@ -475,10 +475,20 @@ def _load_set(path: str) -> Any:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _without_nulls(item) for key, item in value.items() if not _is_null(item)}
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value
+
+
+def _is_null(value: Any) -> bool:
+    """None, or the NaN that pandas has for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON lacks: dates as text; bytes as no text, since that would be trained as b'...'."""
+    return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
 
 
 # --- token tables --------------------------------------------------------------------------------------------------
