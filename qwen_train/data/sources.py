@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,12 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from qwen_train.config import DataPaths, DPOConfig, Kind, SFTConfig
+from qwen_train.data.folders import LINE_SUFFIXES, check_parquet_folder, files_within, has_suffix
 from qwen_train.data.formats import check_format, is_json, one_line
 
-LINE_SUFFIXES = (".jsonl", ".ndjson")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 BINARY = {
     b"\x1f\x8b": "this is a gzip file; unpack it",
@@ -44,11 +41,7 @@ BINARY = {
 }
 """First bytes of what is renamed by mistake, and what to do."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-SPLIT_FILE = re.compile(r"(?:.*?[_.-])??(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 NOT_BLANK = re.compile(r"[^ \t\n\r]")  # for JSON
-HUB_FILE = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
-LISTED_FILES = 4
-"""Files that a remedy lists one by one; more are named by a pattern of the shell."""
 MANY_ROWS = 10_000
 """Rows that are announced where no progress bar shows that they take some seconds."""
 PARQUET_ROWS = 1000
@@ -167,7 +160,7 @@ def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parq
         return "folder"
     file = Path(path)
     if file.is_dir():
-        _check_parquet_folder(path, name)
+        check_parquet_folder(path, name, source_files(path))
         return "parquet"
     if file.exists():
         suffix = file.suffix.lower()
@@ -220,94 +213,11 @@ def _set_folder(path: str, name: str) -> Path | None:
 def source_files(path: str) -> list[Path]:
     """The files that a source is read from, in order; none of a hub set. Hidden ones (.DS_Store) are no part of it."""
     if (folder := _set_folder(path, "data")) is not None:
-        return _files_within(folder)
+        return files_within(folder)
     file = Path(path)
     if file.is_dir():
-        return [found for found in _files_within(file) if found.parent == file and _has_suffix(found, ".parquet")]
+        return [found for found in files_within(file) if found.parent == file and has_suffix(found, ".parquet")]
     return [file] if file.exists() else []
-
-
-def _files_within(folder: Path) -> list[Path]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts))
-
-
-def _has_suffix(file: Path, *suffixes: str) -> bool:
-    return file.suffix.lower() in suffixes
-
-
-def _check_parquet_folder(path: str, name: str) -> None:
-    """ValueError for a folder without Parquet files, with those of several splits, or with rows that nobody would read.
-
-    The hub names files `train-00000-of-00002.parquet`; other files of rows are .jsonl ones and all in nested folders.
-    """
-    files, within = source_files(path), _files_within(Path(path))
-    others = [file for file in within if file not in files and _has_suffix(file, *LINE_SUFFIXES, ".parquet")]
-    if not files:
-        raise ValueError(
-            f"{name}: the folder {path!r} holds no `datasets` set, and no .parquet file right in it; "
-            f"{_files_to_name(name, others or [file for file in within if _has_suffix(file, '.json')])}"
-        )
-    splits = _by_split(files)
-    if len(splits) > 1:
-        raise ValueError(
-            f"{name}: the folder {path!r} holds the splits {', '.join(sorted(splits))}; list the files of one split: "
-            f"{_as_option(name, splits[min(splits, key=lambda split: _order(split, name))])}"
-        )
-    if others:
-        more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-        raise ValueError(
-            f"{name}: of the folder {path!r} only the .parquet files right in it are read, not {others[0]}{more}; list "
-            f"the files to read: {_as_option(name, files)}"
-        )
-
-
-def _by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Files whose names say a split, by it."""
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        if known := SPLIT_FILE.match(file.stem):
-            split = named["split"] if (named := HUB_FILE.fullmatch(file.stem)) else known[1].lower()
-            splits.setdefault(split, []).append(file)
-    return splits
-
-
-def _order(split: str, name: str) -> tuple[bool, str]:
-    """Of several splits a field most likely means the first by this."""
-    return split.startswith("train") != (name == "data.train"), split
-
-
-def _files_to_name(name: str, files: list[Path]) -> str:
-    """The remedy for a folder that is no source, from the files of rows found in it: those of one folder and split."""
-    if not files:
-        return "name a file of rows"
-    folder = min((file.parent for file in files), key=lambda folder: (_order(folder.name, name), folder))
-    together = [file for file in files if file.parent == folder]
-    if splits := _by_split(together):
-        together = splits[min(splits, key=lambda split: _order(split, name))]
-    found = f"{len(files):,} files of rows" if len(files) > 1 else "a file of rows"
-    return f"{found} found in it: list those to read, as {_as_option(name, together)}"
-
-
-def _as_option(name: str, files: list[Path]) -> str:
-    """The option with these files, as a shell takes it; many by their pattern, where it fits no others."""
-    if len(files) == 1:
-        return f"--{name} {shlex.quote(str(files[0]))}"
-    if len(files) > LISTED_FILES and (pattern := _pattern(files)):
-        quoted = """'"%s",'"""
-        return f'--{name} "[$(printf {quoted} {pattern})]"'
-    listed = yaml.safe_dump([*map(str, files)], default_flow_style=True, width=math.inf, allow_unicode=True)
-    return f"--{name} {shlex.quote(listed.strip())}"
-
-
-def _pattern(files: list[Path]) -> str | None:
-    """A shell's pattern that fits these files of a folder and no others; None where names have no such thing."""
-    folder, end = files[0].parent, files[0].suffix
-    start = os.path.commonprefix([file.stem for file in files])  # noqa: RUF071
-    seen = [file for file in folder.iterdir() if file.name[0] != "."]
-    fitting = [file for file in seen if file.name.startswith(start) and file.name.endswith(end)]
-    quotable = not set('"\\') & set("".join(map(str, files)))
-    return f"{shlex.quote(f'{folder}/{start}')}*{end}" if quotable and sorted(fitting) == sorted(files) else None
 
 
 def source_places(path: str) -> set[str]:
