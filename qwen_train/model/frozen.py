@@ -89,8 +89,7 @@ def nf4_tensors(weight: Any) -> list[Tensor]:
     return [weight.data, state.absmax, state.state2.absmax, state.state2.code, state.offset]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# fp8
+# fp8 ------------------------------------------------------------------------------------------------------------------
 
 
 def quantize_fp8(weight: Tensor) -> list[Tensor]:

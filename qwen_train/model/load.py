@@ -1,4 +1,4 @@
-"""Tokenizer, config and weights: `load_model` makes the model of a run, transformers' own with an adapter or without.
+"""Tokenizer, config and model: `load_model` makes the model of a run, transformers' own with an adapter or without.
 
 Around the weights (weights.py) it adds LoRA or continues an adapter, and sets up packed attention, single operations,
 compilation and activation checkpointing.
@@ -26,8 +26,7 @@ FAMILIES = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>"}
 """transformers' model_type of each family that is trained, and the token that ends a turn of it."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer and config
+# Tokenizer and config -------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -93,8 +92,7 @@ def _unreadable(what: str, path: str, error: Exception) -> str:
     return f"model.path: no {what} in {path}: {first_line(error).rstrip('.')}; give a model's hub id or folder"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
+# The model ------------------------------------------------------------------------------------------------------------
 
 
 def load_model(

@@ -48,8 +48,7 @@ class Group(NamedTuple):
     scale: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A group
+# A group --------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("qwen_train::lora_linear", mutates_args=())
@@ -130,8 +129,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_low: Tensor | None) -> tuple[Any, ..
 lora_linear.register_autograd(_backward, setup_context=_save)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The feed-forward layer
+# The feed-forward layer -----------------------------------------------------------------------------------------------
 
 
 class Between(NamedTuple):
@@ -302,8 +300,7 @@ def _nothing(x: Tensor) -> Between:
     return Between(*(x.new_empty(0) for _ in Between._fields))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What both are made of
+# What both are made of ------------------------------------------------------------------------------------------------
 
 
 def _extended(x: Tensor, group: Group) -> Tensor:

@@ -71,8 +71,7 @@ def place_of_weights(
     return device if 2 * Shape.of(model_config).parameters <= room else torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawn
+# Drawn ----------------------------------------------------------------------------------------------------------------
 
 
 def _draw(config: SFTConfig, model_config: Any, place: torch.device) -> PreTrainedModel:
@@ -99,8 +98,7 @@ def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: P
         raise OSError(number, f"the base could not be written: {error}", str(base)) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Read
+# Read -----------------------------------------------------------------------------------------------------------------
 
 
 def _read(config: SFTConfig, base: Path | None, place: torch.device) -> PreTrainedModel:
@@ -162,8 +160,7 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Quantised
+# Quantised ------------------------------------------------------------------------------------------------------------
 
 
 def _nf4_config(config: SFTConfig) -> BitsAndBytesConfig | None:
