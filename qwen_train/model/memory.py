@@ -36,6 +36,12 @@ RECOMPUTED_LAYER = 1.4
 where it is lora.py's feed-forward layer, whose tensors are counted one by one."""
 OVERHEAD_TOKENS = 550
 """Tokens in whose time a micro-batch's fixed cost lies: 18,447 tokens/s at 16,384 and 16,809 at 4,096 (H200, 7B)."""
+SHARDED_OVERHEAD_TOKENS = 1160
+"""The same of full training under FSDP2, which casts, gathers and reduces all weights for each micro-batch: 12,401
+tokens/s at 8,192 tokens and 12,935 at 12,288 (one rank of two without the exchange, H200, 7B)."""
+SHARDED_LORA_TIME = 1.04
+"""Time of a step under FSDP2 as a multiple, where the weights are only gathered. Measured of full training, 8,595
+tokens/s on one H200 and 8,287 on each of two, whose one GPU has the optimizer's whole work."""
 RECOMPUTATION_TIME = 0.35
 """What recomputing every layer adds to the time of a step: 13,042 tokens/s against 17,600 (H200, 7B)."""
 
@@ -66,7 +72,7 @@ class Estimate:
     reference: int
     """A second model, or a frozen copy of the adapter."""
     gathered: int
-    """FSDP2: what is whole for a moment: embeddings and head, a layer and the next, gradients on their way."""
+    """FSDP2: weights that are whole for a moment, embeddings and head, a layer and the next; or all, for a step."""
     activations: int
     """What the forward keeps for the backward."""
     working: int
@@ -95,7 +101,7 @@ class Candidate:
     tokens: int
     estimate: Estimate
     time: float
-    """Of a token, as a multiple of what it takes without recomputation in the largest micro-batches."""
+    """Of a token, as a multiple of what it takes unsharded, without recomputation, in the largest micro-batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +206,7 @@ def estimate_memory(config: SFTConfig, model_config: Any, tokens: int, recompute
         gradients=trained * (4 if fp32_weights else size) // shards,
         optimizer=trained * (moments + (0 if fp32_weights else 4)) // shards,
         reference=_reference(config, shape, size, adapter) // shards,
-        gathered=_gathered(shape, size, lora, sharding.keeps_weights) if shards > 1 else 0,
+        gathered=_gathered(shape, size, sharding.keeps_weights) if shards > 1 else 0,
         activations=activations,
         working=max(working, last - activations),
         activations_per_token=per_token,
@@ -252,7 +258,9 @@ def _working(
     head = min(config.model.head_chunk, tokens) * shape.vocab * 6  # fp32 logits and their bf16 residual
     matrix = shape.vocab * shape.hidden
     if not config.lora.enabled:
-        head += matrix * (4 + size)  # the head's gradient, summed over chunks in fp32, then cast
+        # The head's gradient, summed over chunks in fp32, then cast: SFT's in the forward, with the last chunk gone.
+        made = matrix * (4 + size)
+        head = head + made if isinstance(config, DPOConfig) else max(head + matrix * 4, made)
     layer = tokens * size * (3 * shape.wide + 2 * shape.hidden)  # gradients of gate, up and their product
     if recomputed:
         if not _is_fused(config, shape):
@@ -264,16 +272,17 @@ def _working(
     if config.model.quantization == "nf4":  # gate|up, written out
         head, layer = head + 4 * shape.hidden * shape.wide, layer + 4 * shape.hidden * shape.wide
     last = 0
+    if not config.lora.enabled and shards > 1:  # whole gradients: the head's, and a layer's beside what is reduced
+        layer += matrix * size + shape.layer * (size + 4)
     if not config.lora.enabled:
         # The embedding's gradient; FSDP2 reduces embedding and head together, in fp32.
         last = matrix * size if shards == 1 else shape.embeddings * (4 + size)
     return max(head, layer), last
 
 
-def _gathered(shape: Shape, size: int, lora: bool, keeps_weights: bool) -> int:
-    """Bytes of unsharded weights, root, layer and next one or all, and of the gradients of those that are trained."""
-    weights = (shape.parameters if keeps_weights else shape.embeddings + 2 * shape.layer) * size
-    return weights + (0 if lora else shape.vocab * shape.hidden * size + shape.layer * (size + 4))
+def _gathered(shape: Shape, size: int, keeps_weights: bool) -> int:
+    """Bytes of unsharded weights: of the root, a layer and the next one, or of all."""
+    return (shape.parameters if keeps_weights else shape.embeddings + 2 * shape.layer) * size
 
 
 def _reference(config: SFTConfig, shape: Shape, size: int, adapter: int) -> int:
@@ -302,13 +311,18 @@ def candidates(config: SFTConfig, model_config: Any, longest: int, sharding: Sha
     sizes = [size for size in GPU_TOKENS if size <= enough]
     budgets = {max(longest, min(size, most)) for size in sizes} if tokens == "auto" else {min(tokens, most)}
     total = model_config.num_hidden_layers
+    overhead, share = OVERHEAD_TOKENS, 1.0
+    if sharding.shards > 1 and config.lora.enabled:
+        share = SHARDED_LORA_TIME
+    elif sharding.shards > 1:
+        overhead = SHARDED_OVERHEAD_TOKENS
     counts = range(total + 1) if layers == "auto" else [min(layers, total)]
     made = [
         Candidate(
             recomputed=count,
             tokens=budget,
             estimate=estimate_memory(config, model_config, budget, count, sharding),
-            time=(1 + RECOMPUTATION_TIME * count / total) * (1 + OVERHEAD_TOKENS / budget),
+            time=share * (1 + RECOMPUTATION_TIME * count / total) * (1 + overhead / budget),
         )
         for budget in budgets
         for count in counts
@@ -365,7 +379,7 @@ def fitting(
     for candidate in possible:
         if candidate.estimate.total <= usable(free_bytes):
             return True, candidate
-    return False, min(possible, key=lambda one: one.estimate.total)
+    return False, min(possible, key=lambda one: (one.estimate.total, one.tokens))
 
 
 def does_not_fit(

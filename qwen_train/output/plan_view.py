@@ -17,9 +17,6 @@ from qwen_train.model.shapes import shape_of
 from qwen_train.train.measure import Measured
 from qwen_train.train.sharding import why_unshardable
 
-SHARDED_TIME = 1.04
-"""Time of a step under FSDP2 as a multiple, beside whole models: full training of 7B, 8,595 tokens/s on one H200 and
-8,287 on each of two."""
 COMPONENTS = {
     "weights": "weights",
     "adapters": "adapters (fp32)",
@@ -217,7 +214,7 @@ def _cell(layouts: Sequence[Layout]) -> str:
     fitting = [layout for layout in layouts if layout.fits]
     if not fitting:
         return "-"
-    best = min(fitting, key=lambda layout: layout.candidate.time * (SHARDED_TIME if layout.shards > 1 else 1))
+    best = min(fitting, key=lambda layout: layout.candidate.time)
     one = best.candidate
     words = f"{one.estimate.total / GIB:.1f} ({one.tokens:,}; {one.recomputed})"
     return f"FSDP2 {words}" if best.shards > 1 else words
