@@ -19,6 +19,7 @@ from qwen_train.loss.preference import preference_loss
 from qwen_train.model.adapters import read_adapter_config, tensor_digest
 from qwen_train.model.load import load_tokenizer
 from qwen_train.model.packed import PackedLM, trainable_parameters
+from qwen_train.train import files
 from qwen_train.train.distributed import Run
 from qwen_train.train.folder import RunFolder
 from qwen_train.train.progress import Progress
@@ -254,6 +255,27 @@ def test_what_a_killed_process_left_in_the_cache_goes(run: Run, precomputing) ->
         reference.of_data(run, data, collate, lengths)
         assert len([*folder.iterdir()]) == 2 and at_work.is_dir()
     assert len(load_file(only_cache(config) / "logps.safetensors")["logps"]) == len(data)
+
+
+def test_of_two_runs_that_write_one_table_at_once_both_go_on(
+    run: Run, precomputing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's appears between a look at the place and the renaming; what is no whole table there ends the run."""
+    config, _, reference, data, collate, lengths = precomputing
+
+    def late(source: Path, target: Path, spoil: bool) -> None:
+        shutil.copytree(source, target)
+        if spoil:
+            (target / "manifest.json").write_text("{")
+        source.replace(target)
+
+    monkeypatch.setattr(files.disk, "replace", lambda source, target: late(source, target, spoil=False))
+    first = reference.of_data(run, data, collate, lengths)(collate([5]))
+    assert torch.equal(load_file(only_cache(config) / "logps.safetensors")["logps"][5], first)
+    shutil.rmtree(only_cache(config))
+    monkeypatch.setattr(files.disk, "replace", lambda source, target: late(source, target, spoil=True))
+    with pytest.raises(ValueError, match=r"data.cache_dir: .* cannot be written .*Directory not empty"):
+        reference.of_data(run, data, collate, lengths)
 
 
 def test_other_weights_other_data_and_another_dtype_have_caches_of_their_own(

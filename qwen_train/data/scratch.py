@@ -2,7 +2,8 @@
 
 The lock (flock on the folder itself) ends with the process and its workers, however they die. Whoever can take the lock
 of a temporary folder has found one that nobody works in any more, and deletes it. On a file system without locks
-nothing is deleted.
+nothing is deleted. So it is in caches, where several processes work; in a run's folder one does, and files.py cleans
+up. The names are the same (`beside`).
 """
 
 import contextlib
