@@ -57,7 +57,8 @@ def one_line(message: str, config_class: type[SFTConfig]) -> str:
         name = match["word"].removeprefix("--").split("=")[0]
         if match["word"].startswith("--"):
             return f"{name}: no such field{nearest(name, list(hints))}"
-        return f"command line: {name!r} belongs to no option; fields are given as --section.field value"
+        fields = "fields are given as --section.field value, several as '[a, b]'"
+        return f"command line: {name!r} belongs to no option; {fields}"
     return message
 
 

@@ -325,7 +325,11 @@ MISTAKES = [
     ("--beta=1", "beta: no such field; see --help"),  # of pairs only
     ("--nonsense=1", "nonsense: no such field; see --help"),
     ("--optim=3", "optim: is a section; give its fields, as --optim.field value, or a file as --config"),
-    ("train.jsonl", "command line: 'train.jsonl' belongs to no option; fields are given as --section.field value"),
+    (
+        "train.jsonl",
+        "command line: 'train.jsonl' belongs to no option; fields are given as --section.field value, "
+        "several as '[a, b]'",
+    ),
     ("--optim.name=sgd", "optim.name: expected one of adamw, adamw_8bit, got 'sgd'"),
     ("--run.steps=1.5", "run.steps: expected a whole number or null, got '1.5'"),
     ("--run.seed=true", "run.seed: expected a whole number, got 'True'"),

@@ -319,6 +319,24 @@ def test_a_folder_that_is_no_source_says_where_its_files_are(files: list[str], o
         find_sources(SFTConfig(data=DataConfig(train=str(tmp_path / "empty"))))
 
 
+@pytest.mark.parametrize(
+    "given", ["{0}/*.jsonl", "{0}/a.jsonl,{0}/b c.jsonl", "{0}/a.jsonl, {0}/b c.jsonl", "{0}/[ab]*"]
+)
+def test_what_other_tools_take_for_several_files_is_answered_with_the_list(given: str, tmp_path: Path) -> None:
+    """Of a pattern and of names with commas all that was said is that they do not exist."""
+    for name in ("a.jsonl", "b c.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(ValueError) as caught:
+        find_sources(SFTConfig(data=DataConfig(train=(path := given.format(tmp_path)))))
+    assert str(caught.value).startswith(f"data.train: '{path}' is no single path; list the files: --data.train ")
+    assert typed(str(caught.value)) == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b c.jsonl"]
+    for missing in (f"{tmp_path}/*.json", f"{tmp_path}/a.jsonl,{tmp_path}/c.jsonl"):
+        with pytest.raises(ValueError, match=r"does not exist; give a file"):
+            find_sources(SFTConfig(data=DataConfig(train=missing)))
+    (tmp_path / "a,[b].jsonl").write_text("{}\n")
+    assert len(find_sources(SFTConfig(data=DataConfig(train=str(tmp_path / "a,[b].jsonl"))))["data.train"]) == 1
+
+
 @pytest.mark.parametrize("unread", ["part/b.parquet", "part/deep/b.PARQUET", "more.jsonl", "part/more.ndjson"])
 def test_rows_of_a_folder_that_nobody_would_read_are_refused(unread: str, tmp_path: Path) -> None:
     file = parquet(tmp_path / "a.parquet", "one")

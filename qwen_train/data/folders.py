@@ -3,6 +3,7 @@
 What a caller uses:
 - `check_parquet_folder(path, name, files)`: ValueError with an option that can be pasted, unless all rows in it belong
   together;
+- `as_option(name, files)`: the option that names these files;
 - `files_within(folder)`: all files that are not hidden.
 """
 
@@ -47,13 +48,13 @@ def check_parquet_folder(path: str, name: str, files: list[Path]) -> None:
     if len(splits) > 1:
         raise ValueError(
             f"{name}: the folder {path!r} holds the splits {', '.join(sorted(splits))}; list the files of one split: "
-            f"{_as_option(name, splits[min(splits, key=lambda split: _order(split, name))])}"
+            f"{as_option(name, splits[min(splits, key=lambda split: _order(split, name))])}"
         )
     if others:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         raise ValueError(
             f"{name}: of the folder {path!r} only the .parquet files right in it are read, not {others[0]}{more}; list "
-            f"the files to read: {_as_option(name, files)}"
+            f"the files to read: {as_option(name, files)}"
         )
 
 
@@ -81,10 +82,10 @@ def _files_to_name(name: str, files: list[Path]) -> str:
     if splits := _by_split(together):
         together = splits[min(splits, key=lambda split: _order(split, name))]
     found = f"{len(files):,} files of rows" if len(files) > 1 else "a file of rows"
-    return f"{found} found in it: list those to read, as {_as_option(name, together)}"
+    return f"{found} found in it: list those to read, as {as_option(name, together)}"
 
 
-def _as_option(name: str, files: list[Path]) -> str:
+def as_option(name: str, files: list[Path]) -> str:
     """The option with these files, as a shell takes it; many by their pattern, where it fits no others."""
     if len(files) == 1:
         return f"--{name} {shlex.quote(str(files[0]))}"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen_train.config import DataPaths, DPOConfig, Kind, SFTConfig
-from qwen_train.data.folders import LINE_SUFFIXES, check_parquet_folder, files_within, has_suffix
+from qwen_train.data.folders import LINE_SUFFIXES, as_option, check_parquet_folder, files_within, has_suffix
 from qwen_train.data.formats import check_format, is_json, one_line
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -174,6 +174,10 @@ def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parq
             f"{name}: {path!r} has the unknown suffix {suffix!r}; unpack or save it as .jsonl, .json or .parquet"
         )
     looks_like_file = Path(path).suffix.lower() in (*LINE_SUFFIXES, ".json", ".parquet")
+    found = [sorted(map(Path, glob.glob(part.strip()))) for part in path.split(",")]  # as other tools take it
+    if all(found):
+        files = [file for part in found for file in part]
+        raise ValueError(f"{name}: {path!r} is no single path; list the files: {as_option(name, files)}")
     if looks_like_file or not HUB_ID.fullmatch(path):
         raise ValueError(f"{name}: {path!r} does not exist; give a file, a folder or a hub id (name[:split])")
     return "hub"
