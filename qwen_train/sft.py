@@ -112,6 +112,7 @@ def train(config: SFTConfig, run: Run) -> None:
             sums = torch.zeros(3, dtype=torch.float64, device=run.device)
             for batch in run.accumulate(microbatches, step):
                 scores = model(batch)
+                # A multiple of this very sum: full training makes the head's gradient by its weights (load_model).
                 nll = -(scores.logps * batch.weights).sum() / microbatches.total_weight  # of the global step
                 run.backward(nll * run.world_size)
                 sums += torch.stack([nll.detach(), scores.is_argmax.sum(), torch.ones_like(batch.targets).sum()])

@@ -256,9 +256,9 @@ class Run:
         """This rank's micro-batches, on the device.
 
         Dropout is seeded for each of them by (seed, step, micro-batch, rank), so a resumed run draws the same masks
-        without any saved generator state. Under FSDP2 with `fsdp_reshard_after_forward: false` the weights, which each
-        forward leaves whole, stay so until the last backward: casting and gathering them once more costs a 7B on two
-        GPUs 6 % of its time.
+        without any saved generator state. Under FSDP2 with `fsdp_reshard_after_forward: false` the weights, which a
+        forward leaves whole, stay so until the step's last backward: not to cast and gather them four times in a step
+        of two micro-batches is worth 3.7 % (7B, docs/measured.md).
         """
         for index, batch in enumerate(microbatches.batches):
             if self._keeping is not None:
