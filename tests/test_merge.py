@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +16,27 @@ from huggingface_hub import constants
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qwen_train.config import DPOConfig, LoraConfig
 from qwen_train.data.packing import Batch
 from qwen_train.model import adapters, weights
 from qwen_train.model.adapters import (
+    REFERENCE_ADAPTER,
     base_fingerprint,
     check_template,
     concatenate_adapters,
     find_base,
+    load_adapter,
     merge_adapter,
     resolve_start,
 )
-from qwen_train.model.load import _with_adapter, load_model, load_model_config, load_tokenizer
+from qwen_train.model.load import _continued, _with_adapter, load_model, load_model_config, load_tokenizer
 from qwen_train.model.packed import load_trainable, trainable_parameters
 from qwen_train.model.shapes import known_shape
 from qwen_train.model.weights import base_weights, place_of_weights
 from qwen_train.output.merge import device_with_room, load_plainly, packed, score, write_joined
+from qwen_train.output.merge import merge as merge_into
 from tests.preferences import (
     batch_of,
     dpo_config,
@@ -310,7 +314,7 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-def foreign_adapter(base: str, folder: Path, **settings: Any) -> Path:
+def foreign_adapter(base: str, folder: Path, *, save: bool = False, **settings: Any) -> Path:
     """An adapter as another tool writes it, far from zero."""
     torch.manual_seed(7)
     model = get_peft_model(load_plainly(base, torch.float32, CPU), peft.LoraConfig(r=5, lora_alpha=7, **settings))
@@ -318,7 +322,7 @@ def foreign_adapter(base: str, folder: Path, **settings: Any) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_A" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=save)
     return folder
 
 
@@ -391,32 +395,53 @@ def test_an_adapter_that_cannot_be_continued(start: Path, base: str, tmp_path: P
     resolve_start(dpo_config(*continued, str(start), *fp8))
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda t: {name: t[name] for name in t if "layers.1.mlp" not in name},
-            r"\(and 5 more\) is in one",
-        ),
-        (lambda t: t | {name.replace("rs.1", "rs.2"): t[name].clone() for name in t}, "layers.2.* is in one of them"),
-        (lambda t: {name: t[name][:2].clone() for name in t}, "cannot be loaded .RuntimeError: .*size mismatch"),
-        (None, "cannot be loaded .SafetensorError: "),
-    ],
-    ids=["of fewer layers", "of more layers", "of another shape", "cut off"],
-)
-def test_what_is_continued_is_all_of_an_adapter(change: Any, said: str, start: Path, base: str, tmp_path: Path) -> None:
+def of_base(base: str) -> PreTrainedModel:
+    return load_plainly(base, torch.float32, CPU)
+
+
+def reference_copy(base: str, start: Path, adapter: Path) -> PeftModel:
+    return load_adapter(load_adapter(of_base(base), start, is_trainable=True), adapter, REFERENCE_ADAPTER)
+
+
+READERS: dict[str, Callable[[str, Path, Path, Path], object]] = {
+    "continue": lambda base, start, adapter, out: _continued(of_base(base), str(adapter)),
+    "reference": lambda base, start, adapter, out: reference_copy(base, start, adapter),
+    "merge": lambda base, start, adapter, out: merge_adapter(of_base(base), adapter),
+    "first of two": lambda base, start, adapter, out: concatenate_adapters(of_base(base), [adapter, start]),
+    "second of two": lambda base, start, adapter, out: concatenate_adapters(of_base(base), [start, adapter]),
+    "launch/merge.py": lambda base, start, adapter, out: merge_into(str(adapter), str(out), base),
+}
+"""What reads an adapter folder: of the base, a good adapter, the one in question and a folder to write."""
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_adapter_is_read_whole_or_not_at_all(reader: str, start: Path, base: str, tmp_path: Path) -> None:
     """PEFT draws what is missing, leaves out what has no place, and warns; a damaged file has an error of its own."""
     adapter = Path(shutil.copytree(start, tmp_path / "adapter"))
-    config = dpo_config("--model.path", base, "--model.adapter", str(adapter), "--model.adapter_start", "continue")
-    load(config)
+    READERS[reader](base, start, adapter, tmp_path / "out")
     file = adapter / "adapter_model.safetensors"
-    if change is None:
-        file.write_bytes(file.read_bytes()[:-50])
-    else:
-        save_file(change(load_file(file)), file)
-    with pytest.raises(ValueError, match=rf"^model\.adapter: {adapter} .*{said}.*; .* again$") as refused:
-        load(config)
-    assert "\n" not in str(refused.value)
+    whole = load_file(file)
+    cases: list[tuple[Any, str]] = [
+        ({name: whole[name] for name in whole if "layers.1.mlp" not in name}, r"\(and 5 more\) is in one"),
+        (whole | {name.replace("rs.1", "rs.2"): whole[name].clone() for name in whole}, "layers.2.* is in one of them"),
+        ({name: whole[name][:2].clone() for name in whole}, "cannot be loaded .RuntimeError: .*size mismatch"),
+        (None, "cannot be loaded .SafetensorError: "),
+    ]
+    for tensors, said in cases:
+        if tensors is None:
+            file.write_bytes(file.read_bytes()[:-50])
+        else:
+            save_file(tensors, file)
+        with pytest.raises(ValueError, match=rf"^model\.adapter: {adapter} .*{said}.*; .* again$") as refused:
+            READERS[reader](base, start, adapter, tmp_path / "no")
+        assert "\n" not in str(refused.value) and not (tmp_path / "no").exists()
+
+
+def test_an_adapter_of_layers_that_the_base_has_not(start: Path, base: str, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(start, tmp_path / "adapter"))
+    edit_json(adapter / "adapter_config.json", target_modules=["c_proj"])
+    with pytest.raises(ValueError, match=rf"^model\.adapter: {adapter} cannot be loaded .*c_proj.* again$"):
+        merge_adapter(of_base(base), adapter)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}, {"rank_pattern": {"q_proj": 3}}])
@@ -426,6 +451,32 @@ def test_adapters_of_other_tools_are_continued(
     other = foreign_adapter(base, tmp_path / "other", target_modules="all-linear", **settings)
     config = dpo_config("--model.path", base, "--model.adapter", str(other), "--model.adapter_start", "continue")
     assert gap(score(load(config), batch), plain(base, other, batch)) <= TOLERANCE
+
+
+WHOLE_KINDS: dict[str, dict[str, Any]] = {
+    **PLAIN,
+    **MORE,
+    "bias all": {"target_modules": ["q_proj"], "bias": "all"},
+    "a pattern": {"target_modules": r".*layers\.1\..*\.(q|up)_proj"},
+    "embedding saved": {"target_modules": ["q_proj"], "save": True},
+    "embedding changed and saved": {"target_modules": ["q_proj", "embed_tokens"], "save": True},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE_KINDS)
+def test_adapters_of_other_tools_are_whole(kind: str, base: str, tmp_path: Path) -> None:
+    other = foreign_adapter(base, tmp_path / "other", **WHOLE_KINDS[kind])
+    ours, theirs = load_adapter(of_base(base), other), PeftModel.from_pretrained(of_base(base), other)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        logits = ours(ids).logits
+        assert torch.equal(logits, theirs(ids).logits) and not torch.equal(logits, of_base(base)(ids).logits)
+    file = other / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[max(tensors)]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"^model\.adapter: {other} and its base do not fit: .* again$"):
+        load_adapter(of_base(base), other)
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line(base: str, tmp_path: Path) -> None:

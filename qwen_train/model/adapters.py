@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,17 @@ import peft
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from qwen_train.config import HEADS, Config, LoraConfig
 from qwen_train.data.digest import json_sha256
+from qwen_train.data.formats import one_line
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
@@ -261,19 +262,66 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 # Models --------------------------------------------------------------------------------------------------------------
 
 
+def load_adapter(
+    lm: PreTrainedModel | PeftModel, folder: str | Path, name: str = "default", *, is_trainable: bool = False
+) -> PeftModel:
+    """The base, or one with adapters already, with the adapter of a folder on it: all of it, and nothing else.
+
+    PEFT draws at random what the file lacks and leaves out what has no place, with no more than a warning. Raises
+    ValueError.
+    """
+    read_adapter_config(folder)
+    try:
+        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+        if isinstance(lm, PeftModel):
+            lm.load_adapter(str(folder), name, is_trainable=is_trainable)
+            model = lm
+        else:
+            model = PeftModel.from_pretrained(lm, str(folder), adapter_name=name, is_trainable=is_trainable)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except KeyError as error:  # a saved module or token that the file lacks
+        others = {str(error.args[0])}
+    except (SafetensorError, RuntimeError, ValueError) as error:  # cut off; of another shape; of layers not in the base
+        raise ValueError(
+            f"model.adapter: {folder} cannot be loaded ({one_line(error)}); give the base that it was trained on, or "
+            "copy the adapter again"
+        ) from None
+    else:
+        state = model.state_dict()
+        own = get_peft_model_state_dict(model, state, name, save_embedding_layers=False).keys()
+        others = (own - stored) | (stored - own - state.keys())  # tensors of the base may have been saved as well
+    if others:
+        raise ValueError(
+            f"model.adapter: {folder} and its base do not fit: {first_of(others)} is in one of them only; give the "
+            "base that the adapter was trained on, or copy the adapter again"
+        )
+    return model
+
+
+def first_of(names: Collection[str]) -> str:
+    """The first of names in their order, and how many more there are."""
+    return f"{min(names)} (and {len(names) - 1} more)" if len(names) > 1 else min(names)
+
+
 def merge_adapter(lm: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """The base with the adapter's update added to its weights, in the weights' own type.
 
     Raises ValueError where that is not what the adapter says: PEFT cannot, or the head is also the embedding.
     """
-    read_adapter_config(folder)
-    model = PeftModel.from_pretrained(lm, str(folder), is_trainable=False)
+    return merge_loaded(load_adapter(lm, folder), folder)
+
+
+def merge_loaded(model: PeftModel, folder: str | Path) -> PreTrainedModel:
+    """`merge_adapter` of a model that has the adapter of that folder on it."""
+    base: Any = model.get_base_model()
     changed = {
         name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
+        for name, module in base.named_modules()
         if isinstance(module, LoraLayer | ModulesToSaveWrapper)
     }
-    if lm.config.tie_word_embeddings and changed & set(HEADS):
+    if base.config.tie_word_embeddings and changed & set(HEADS):
         raise ValueError(
             f"model.adapter: {folder} changes the head or the embedding, which are one tensor in this base: merged, it "
             "would change both; give an adapter without them"
@@ -288,11 +336,6 @@ def merge_adapter(lm: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     return merged
 
 
-def add_reference_adapter(lm: PeftModel, folder: str | Path) -> None:
-    """A frozen second copy of an adapter (`inference_mode`), for `PackedLM.reference_adapter`."""
-    lm.load_adapter(str(folder), REFERENCE_ADAPTER, is_trainable=False)
-
-
 def concatenate_adapters(lm: PreTrainedModel, folders: Sequence[str | Path]) -> PeftModel:
     """Plain LoRA adapters of one base as one in fp32, whose rank is the sum of theirs.
 
@@ -303,9 +346,9 @@ def concatenate_adapters(lm: PreTrainedModel, folders: Sequence[str | Path]) -> 
     for folder in folders:
         _refuse_more_than_ab(read_adapter_config(folder))
     names = [f"part_{index}" for index in range(len(folders))]
-    model = PeftModel.from_pretrained(lm, str(folders[0]), adapter_name=names[0], is_trainable=False)
+    model = load_adapter(lm, folders[0], names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
-        model.load_adapter(str(folder), name, is_trainable=False)
+        load_adapter(model, folder, name)
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for path, layer in _lora_layers(model):
         if path.endswith(HEADS):  # the one has other matrices, of the other PackedLM reads the weight alone
@@ -366,12 +409,6 @@ def _targets(base: nn.Module, layers: set[str]) -> list[str]:
     last = {path.rsplit(".", 1)[-1] for path in layers}
     meant = {path for path, _ in base.named_modules() if path.rsplit(".", 1)[-1] in last}
     return sorted(last if meant == layers else layers)
-
-
-def load_adapter(lm: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """The base with an adapter on it, as whoever gets the folder loads it."""
-    read_adapter_config(folder)
-    return PeftModel.from_pretrained(lm, str(folder), is_trainable=False)
 
 
 def without_adapters(model: PeftModel) -> PreTrainedModel:

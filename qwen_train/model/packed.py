@@ -125,7 +125,7 @@ class PackedLM(nn.Module):
 
     @contextmanager
     def reference_adapter(self) -> Iterator[None]:
-        """The frozen adapter that `add_reference_adapter` added, in the place of the trained one. Flags only, too."""
+        """The frozen adapter under that name, REFERENCE_ADAPTER, in the place of the trained one. Flags only, too."""
         layers = list(self._lora_layers())
         active = [layer._active_adapter for layer in layers]
         for layer in layers:

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import SFTConfig
 from qwen_train.data.scratch import scratch_folder
-from qwen_train.model.adapters import check_base, merge_adapter
+from qwen_train.model.adapters import check_base, first_of, merge_adapter
 from qwen_train.model.memory import Shape
 
 DENSE_SHARE = 0.8
@@ -148,11 +147,6 @@ def read_weights(path: str, **options: Any) -> PreTrainedModel:
         if names:
             raise ValueError(f"{first_of(names)} {fault}")
     return cast(PreTrainedModel, lm)
-
-
-def first_of(names: Collection[str]) -> str:
-    """The first of names in their order, and how many more there are."""
-    return f"{min(names)} (and {len(names) - 1} more)" if len(names) > 1 else min(names)
 
 
 def first_line(error: Exception) -> str:

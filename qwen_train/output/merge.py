@@ -29,6 +29,7 @@ from qwen_train.model.adapters import (
     find_base,
     load_adapter,
     merge_adapter,
+    merge_loaded,
     read_adapter_config,
     read_base,
     without_adapters,
@@ -218,13 +219,14 @@ def merge(adapter: str, out: str, base: str | None = None, rows: str | None = No
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = device_with_room(device, load_model_config(ModelConfig(path=path)), chosen)
 
-    model = packed(load_adapter(load_plainly(path, chosen, device), adapter), tokenizer)
+    lm = load_adapter(load_plainly(path, chosen, device), adapter)
+    model = packed(lm, tokenizer)
     batch = _given_rows(rows, tokenizer) if rows else _own_answers(model, tokenizer)
     before = score(model, batch)
-    merged: Any = model.lm.merge_and_unload()  # type: ignore[operator]
+    merged = merge_loaded(lm, adapter)
     merged.set_attn_implementation("sdpa")
     write_full_model(target, merged, None, tokenizer, dtype=None)
-    del model, merged
+    del lm, model, merged
 
     after = score(packed(load_plainly(out, chosen, device), tokenizer), batch)
     difference = Difference.between(before, after)
