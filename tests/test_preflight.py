@@ -12,7 +12,7 @@ import pytest
 
 from qwen_train.command_line import load_config
 from qwen_train.config import DPOConfig, SFTConfig
-from qwen_train.model.adapters import is_hub_id
+from qwen_train.data.sources import is_hub_id
 from qwen_train.train.preflight import preflight
 from tests.scripts import ROOT, TINY, ScriptRunner
 

@@ -512,7 +512,7 @@ def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("org/set", "train"), ("org/set", "test_sft")]
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing/file.json", "./nothing", "/no/where"])
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing/file.json", "./nothing", "/no/where", "a--b/c", "org/set:a:b"])
 def test_missing_files_are_not_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         list(read_rows(0, name))

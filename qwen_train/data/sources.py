@@ -26,7 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from qwen_train.config import DataPaths, DPOConfig, Kind, SFTConfig
+from qwen_train.data.digest import file_sha256
 from qwen_train.data.folders import LINE_SUFFIXES, as_option, check_parquet_folder, files_within, has_suffix
 from qwen_train.data.formats import check_format, is_json, one_line
 
@@ -40,7 +44,7 @@ BINARY = {
     b"PAR1": "this is a Parquet file; name it .parquet",
 }
 """First bytes of what is renamed by mistake, and what to do."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+SPLIT = re.compile(r"[\w.-]+")
 NOT_BLANK = re.compile(r"[^ \t\n\r]")  # for JSON
 MANY_ROWS = 10_000
 """Rows that are announced where no progress bar shows that they take some seconds."""
@@ -178,9 +182,19 @@ def source_kind(path: str, name: str = "data") -> Literal["lines", "json", "parq
     if all(found):
         files = [file for part in found for file in part]
         raise ValueError(f"{name}: {path!r} is no single path; list the files: {as_option(name, files)}")
-    if looks_like_file or not HUB_ID.fullmatch(path):
+    hub_id, colon, split = path.partition(":")
+    if looks_like_file or not is_hub_id(hub_id) or (colon and not SPLIT.fullmatch(split)):
         raise ValueError(f"{name}: {path!r} does not exist; give a file, a folder or a hub id (name[:split])")
     return "hub"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one on the hub: `name` or `owner/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _set_folder(path: str, name: str) -> Path | None:
@@ -238,8 +252,7 @@ def content_hash(path: str) -> str:
     root = _set_folder(path, "data") or Path(path)
     for file in source_files(path):
         digest.update(str(file.relative_to(root)).encode())
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()
 
 

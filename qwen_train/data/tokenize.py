@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,8 +33,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen_train.config import DataConfig, DataPaths, Kind
 from qwen_train.data.chat import ChatOptions, EncodedConversation, EncodedPreference, Template
+from qwen_train.data.digest import file_sha256, json_sha256
 from qwen_train.data.formats import Conversation, Preference, RowError, parse_row
-from qwen_train.data.scratch import MARK, clean_scratch, scratch_folder
+from qwen_train.data.scratch import beside, clean_scratch, scratch_folder
 from qwen_train.data.sources import (
     RawRow,
     Source,
@@ -222,7 +222,7 @@ def tokenize(
         dataset, report = _load(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: the token cache is damaged (%s); it is built again", folder, error)
-        aside = folder.with_name(f"{folder.name}{MARK}{uuid.uuid4().hex}")  # and so deleted, if not by us
+        aside = beside(folder)  # and so deleted, if not by us
         _rename_away(folder, aside)
         _build(sources, judging, workers, folder)
         dataset, report = _load(folder)
@@ -347,10 +347,10 @@ def _fingerprint(sources: list[Source], judging: _Judge) -> str:
         "template": tokenizer.chat_template,
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else str(tokenizer),
         "special_tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in CODE],
+        "code": [file_sha256(Path(__file__).with_name(name)) for name in CODE],
         "versions": [importlib.metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return json_sha256(parts)[:32]
 
 
 def _build(sources: list[Source], judging: _Judge, workers: int, folder: Path) -> None:
@@ -376,7 +376,7 @@ def _build(sources: list[Source], judging: _Judge, workers: int, folder: Path) -
             del table
             report.content = _content(judging.kind, load_table(done))
             (done / "report.json").write_text(json.dumps(asdict(report), indent=1))
-            manifest = {file.name: _file_hash(file) for file in sorted(done.iterdir())}
+            manifest = {file.name: file_sha256(file) for file in sorted(done.iterdir())}
             (done / "manifest.json").write_text(json.dumps(manifest, indent=1))
             try:
                 os.rename(done, folder)
@@ -461,7 +461,7 @@ def _content(kind: Kind, table: Any) -> str:
                 chunk = chunk.flatten()
             values.update(chunk.to_numpy())
         digests[name] = [lengths.hexdigest(), values.hexdigest()]
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return json_sha256(digests)
 
 
 def _supervised(kind: Kind, table: Any) -> int:
@@ -497,15 +497,10 @@ def _load(folder: Path) -> tuple[Any, TokenReport]:
     if present != set(manifest):
         raise ValueError(f"files differ from the manifest: {', '.join(sorted(present ^ set(manifest)))}")
     for file, expected in manifest.items():
-        if _file_hash(folder / file) != expected:
+        if file_sha256(folder / file) != expected:
             raise ValueError(f"{file} does not match its checksum")
     report = TokenReport(**json.loads((folder / "report.json").read_text()))
     return load_table(folder), report
-
-
-def _file_hash(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _rename_away(folder: Path, aside: Path) -> None:

@@ -12,8 +12,6 @@ from typing import Any
 
 import peft
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -25,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from qwen_train.config import HEADS, Config, LoraConfig
 from qwen_train.data.digest import json_sha256
 from qwen_train.data.formats import one_line
+from qwen_train.data.sources import is_hub_id
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
@@ -90,15 +89,6 @@ def find_base(folder: str | Path) -> str | None:
         if place and Path(place).exists():
             return str(place)
     return str(named) if "/" in named and is_hub_id(named) else None
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be one on the hub: `name` or `owner/name`."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def resolve_start(config: Config) -> tuple[Config, list[str]]:

@@ -14,7 +14,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen_train.config import HEADS, DPOConfig, ModelConfig, SFTConfig, reference_source
-from qwen_train.model.adapters import REFERENCE_ADAPTER, check_template, is_hub_id, load_adapter
+from qwen_train.data.sources import is_hub_id
+from qwen_train.model.adapters import REFERENCE_ADAPTER, check_template, load_adapter
 from qwen_train.model.fuse import fuse_lora, fuse_norms
 from qwen_train.model.kernel_check import check_kernels, trusted_attention
 from qwen_train.model.packed import PackedLM

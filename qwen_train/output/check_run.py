@@ -8,7 +8,6 @@ What a caller uses:
 
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,6 +18,7 @@ from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qwen_train.command_line import print_warnings
 from qwen_train.config import ModelConfig
+from qwen_train.data.scratch import beside
 from qwen_train.data.sources import Source, source_places
 from qwen_train.model.adapters import find_base
 
@@ -55,7 +55,7 @@ def written(path: str, option: str) -> Iterator[Callable[[str], object]]:
     """`write` of a text file that appears whole at the end, or not at all (a device is written to directly)."""
     final = Path(path).expanduser()
     direct = final.exists() and not final.is_file()
-    temporary = final if direct else final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+    temporary = final if direct else beside(final)
 
     @contextmanager
     def named() -> Iterator[None]:

@@ -19,7 +19,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwen_train.model.adapters import BASE, is_hub_id
+from qwen_train.data.sources import is_hub_id
+from qwen_train.model.adapters import BASE
 from qwen_train.model.load import FAMILIES
 from qwen_train.train.files import replacing_folder, write_bytes_atomic, write_file, write_tensors
 

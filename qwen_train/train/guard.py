@@ -23,7 +23,7 @@ from qwen_train.data.tokenize import TokenDataset
 from qwen_train.train import files
 from qwen_train.train.checkpoint import saved_step
 from qwen_train.train.distributed import Run
-from qwen_train.train.metrics import Metrics, cut_lines, finite
+from qwen_train.train.metrics import Metrics, cut_lines
 from qwen_train.train.progress import WINDOW, Progress
 
 FEWEST = WINDOW // 2
@@ -192,9 +192,8 @@ class Guard:
 
 def _append_line(path: Path, value: dict[str, Any]) -> None:
     """Add one object to a file of lines, durably; numbers that are not finite are null."""
-    line = memoryview(json.dumps(finite(value), allow_nan=False).encode() + b"\n")
+    line = json.dumps(files.finite(value), allow_nan=False).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:
-        while line:
-            line = line[files.disk.write(file, line) :]
+        files.write_all(file, line)
         files.disk.sync(file)
     files.disk.sync_folder(path.parent)

@@ -16,7 +16,7 @@ from transformers.utils.hub import has_file
 
 from qwen_train.config import HEADS, DPOConfig, SFTConfig, reference_source
 from qwen_train.data.formats import one_line
-from qwen_train.model.adapters import is_hub_id
+from qwen_train.data.sources import is_hub_id
 from qwen_train.model.load import load_model_config
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
