@@ -20,6 +20,7 @@ from qwen_train.output.check_html import html_page
 from qwen_train.output.check_run import CannotWriteError, progress, refuse_overwriting, start_of, written
 from qwen_train.output.check_view import print_examples, print_report
 from qwen_train.output.console import stdout_console
+from qwen_train.train.preflight import check_place
 
 HTML_ROWS = 12
 
@@ -34,7 +35,9 @@ def main(argv: list[str]) -> int:
     splits, sources = data_splits(config), find_sources(config)
     outputs = {"--dump": options.dump, "--html": options.html}
     refuse_overwriting({name: path for name, path in outputs.items() if path}, sources)
-    template = Template(load_tokenizer(start_of(config.model)))
+    start = start_of(config.model)
+    check_place("model.path", start.path, start.revision, needed="tokenizer_config.json")
+    template = Template(load_tokenizer(start))
     chat = ChatOptions.from_config(config.data)
 
     with ExitStack() as stack:

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from qwen_train.command_line import load_config
 from qwen_train.config import DPOConfig, SFTConfig
 from qwen_train.data.sources import is_hub_id
+from qwen_train.train import preflight as preflights
 from qwen_train.train.preflight import preflight
 from tests.scripts import ROOT, TINY, ScriptRunner
 
@@ -103,15 +105,51 @@ def test_paths_that_are_no_folder(tmp_path: Path, path: str):
 
 
 @pytest.mark.launch
-def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path):
-    """One line, instead of five more tries with two lines of log each."""
+@pytest.mark.parametrize(("script", "needed"), [("sft.py", "config.json"), ("check.py", "tokenizer_config.json")])
+def test_a_hub_that_cannot_be_reached_is_asked_once(script: str, needed: str, tmp_path: Path):
+    """One line, instead of five more tries with two lines of log each; of a folder beside others, that it is not."""
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "launch/sft.py", "--model.path=Qwen/Qwen2.5-7B-Instruct", f"--run.dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | nobody, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: model.path: Qwen/Qwen2.5-7B-Instruct is not a folder here")
-    assert "the hub could not be reached (ConnectError: [Errno 111] Connection refused); give a model's folder" in line
+    unreached = "the hub could not be reached (ConnectError: [Errno 111] Connection refused); give a model's folder"
+    for path, said in (
+        ("Qwen/Qwen2.5-7B-Instruct", f" is not a folder here, its {needed} is not in the hub's cache, and {unreached}"),
+        ("tests/qwen", "the folder tests/qwen does not exist; give a model's folder or hub id"),
+    ):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, f"launch/{script}", f"--model.path={path}", f"--run.dir={tmp_path}"],
+            cwd=ROOT,
+            env=os.environ | nobody,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and done.stdout == "" and line.startswith("error: model.path: ") and said in line
+        assert time.monotonic() - began < 45, "a download tries for a minute"
+
+
+@pytest.mark.parametrize("script", ["sft", "check"])
+def test_a_hub_model_in_the_cache_needs_no_hub(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where a folder has the name of its owner."""
+    snapshot = tmp_path / "hub" / "models--org--a-model" / "snapshots" / ("0" * 40)
+    shutil.copytree(TINY / "model", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(preflights, "get_hf_file_metadata", lambda *_, **__: pytest.fail("the hub was asked"))
+    needed = {"sft": "config.json", "check": "tokenizer_config.json"}[script]
+    preflights.check_place("model.path", "org/a-model", None, needed)
+
+    def unreached(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(preflights, "get_hf_file_metadata", unreached)
+    with pytest.raises(ValueError, match=r"^model.path: the folder org/another does not exist; give "):
+        preflights.check_place("model.path", "org/another", None, needed)
+    with pytest.raises(ValueError, match=r"^model.path: who/another is not a folder here, .*\(OSError: no route\)"):
+        preflights.check_place("model.path", "who/another", None, needed)
 
 
 def test_the_other_model_of_dpo_too(tmp_path: Path):

@@ -80,9 +80,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, model_type: str) -> tuple
     return end, pad
 
 
-def _unreadable(what: str, path: str, error: Exception) -> str:
+def missing_folder(path: str) -> str | None:
+    """What to say of a path that is not there, where it is a folder's rather than a hub id."""
     if not Path(path).exists() and (not is_hub_id(path) or Path(path).parent.is_dir()):
-        return f"model.path: the folder {path} does not exist; give a model's folder or hub id"
+        return f"the folder {path} does not exist; give a model's folder or hub id"
+    return None
+
+
+def _unreadable(what: str, path: str, error: Exception) -> str:
+    if missing := missing_folder(path):
+        return f"model.path: {missing}"
     if not Path(path).exists() and "connect" in str(error):
         return (
             f"model.path: {path} is not a folder here, the hub could not be reached for its {what}, and its cache has "

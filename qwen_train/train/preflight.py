@@ -17,7 +17,7 @@ from transformers.utils.hub import has_file
 from qwen_train.config import HEADS, DPOConfig, SFTConfig, reference_source
 from qwen_train.data.formats import one_line
 from qwen_train.data.sources import is_hub_id
-from qwen_train.model.load import load_model_config
+from qwen_train.model.load import load_model_config, missing_folder
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -28,13 +28,12 @@ def preflight(config: SFTConfig) -> None:
     Of hub models it asks the hub for file names and the config, nothing large.
     """
     check_packages(config)
-    _check_folder("model.path", config.model.path)
-    _check_hub("model.path", config.model.path, config.model.revision)
+    check_place("model.path", config.model.path, config.model.revision)
     shape = load_model_config(config.model)
     if not config.model.from_scratch:
         _check_weights("model.path", config.model.path, config.model.revision)
     if isinstance(config, DPOConfig) and reference_source(config) == "model" and config.reference.path is not None:
-        _check_folder("reference.path", config.reference.path)
+        check_place("reference.path", config.reference.path, None)
         _check_weights("reference.path", config.reference.path, None)
     if config.lora.enabled and not config.model.continues:
         _check_targets(config, shape)
@@ -57,6 +56,12 @@ def _check_bitsandbytes(asked: str) -> None:
         ) from None
 
 
+def check_place(field: str, path: str, revision: str | None, needed: str = "config.json") -> None:
+    """Refuse (ValueError) a model that can be neither a folder here nor had from the hub; `needed`: a file of it."""
+    _check_folder(field, path)
+    _check_hub(field, path, revision, needed)
+
+
 def _check_folder(field: str, path: str) -> None:
     """A folder whose JSON files are readable, or at least a possible hub id."""
     folder = Path(path)
@@ -76,18 +81,20 @@ def _check_folder(field: str, path: str) -> None:
         raise ValueError(f"{field}: the folder {path} does not exist; give a model's folder or hub id")
 
 
-def _check_hub(field: str, path: str, revision: str | None) -> None:
+def _check_hub(field: str, path: str, revision: str | None, needed: str) -> None:
     """The hub can be reached for a model that is not here: asked once, where a download would try for half a minute."""
     if Path(path).is_dir():
         return
     try:
-        if not isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-            get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=10)
+        if not isinstance(try_to_load_from_cache(path, needed, revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(path, needed, revision=revision), timeout=10)
     except (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError):
-        return  # an answer, nobody to ask, or no hub id: what that means is said where the config is read
+        return  # an answer, nobody to ask, or no hub id: what that means is said where the file is read
     except Exception as error:  # connection, proxy, certificate: their types are of whatever the hub's client uses
+        if missing := missing_folder(path):
+            raise ValueError(f"{field}: {missing}") from None
         raise ValueError(
-            f"{field}: {path} is not a folder here, its config is not in the hub's cache, and the hub could not be "
+            f"{field}: {path} is not a folder here, its {needed} is not in the hub's cache, and the hub could not be "
             f"reached ({one_line(error)}); give a model's folder, or check the connection"
         ) from None
 
