@@ -142,6 +142,26 @@ def test_gradients_of_a_weighted_sum_are_made_in_the_forward(chunk_size, hidden_
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("total", [None, 1e30], ids=["of these tokens", "of heavier ones"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[1e-30], [1e30], [1e-30, 1e30], [1e-14, 3e-30], [1e-3, 1e3]],
+    ids=lambda sizes: "and".join(map(str, sizes)),
+)
+def test_weights_of_any_size_that_rows_may_have(sizes, total):
+    """Their squares are beyond fp32, and so are gradients of tokens in a step whose total is another micro-batch's."""
+    hidden, weight, targets = make_inputs(train_head=True)
+    weights = torch.tensor(sizes).repeat(TOKENS)[:TOKENS] * loss_weights(TOKENS)
+    total = total or float(weights.sum())
+
+    def loss(logps):
+        return -(logps * weights.to(logps)).sum() / total
+
+    loss(token_logprobs(hidden, weight, targets, 7, weights=weights).logps).backward()
+    _, expected = exact_grads(loss, hidden, weight, targets)
+    assert (weight.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-37
+
+
 @pytest.mark.parametrize("loss", ["sum", "dpo", "one token off"])
 def test_a_loss_that_does_not_follow_its_weights_gets_no_head_gradient(loss):
     """NaN, which no step is made of. Hidden states have their gradients whatever the loss is."""

@@ -207,9 +207,15 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _common_factor(gradient: Tensor, weights: Tensor) -> Tensor:
-    """The number that makes `weights` the `gradient`; NaN where there is none. 0 of no tokens."""
+    """The number that makes `weights` the `gradient`; NaN where there is none. 0 of no tokens.
+
+    In double precision, since squares of weights that rows may have, 1e-30 to 1e30, are beyond fp32; a gradient below
+    fp32's normal numbers is rounded coarsely, and changes nothing.
+    """
+    smallest = torch.finfo(gradient.dtype).tiny
+    gradient, weights = gradient.double(), weights.double()
     factor = (gradient * weights).sum() / (weights * weights).sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    follows = ((gradient - factor * weights).abs() <= FOLLOWS * (factor * weights).abs()).all()
+    follows = ((gradient - factor * weights).abs() <= FOLLOWS * (factor * weights).abs() + smallest).all()
     return torch.where(follows, factor, torch.nan)
 
 
