@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -29,6 +30,7 @@ from qwen_train.model.weights import _write_base
 from qwen_train.output.merge import load_plainly
 from qwen_train.train.distributed import Run
 from qwen_train.train.script import _explained
+from qwen_train.train.splits import load_split
 from tests.preferences import edit_json
 from tests.scripts import TINY, read_metrics
 from tests.support import mini_tokenizer
@@ -710,6 +712,25 @@ def test_a_tokenizer_of_another_model_is_refused(world: World):
     config = with_candidate(world.config(), recomputed=0, tokens=4096)
     with pytest.raises(ValueError, match=r"have ids 151645 and 151643 in .* has 768 tokens"):
         load_model(config, mini_tokenizer(), torch.device("cpu"), None, is_main=False)
+
+
+def test_data_tokens_that_the_model_has_not_are_refused(tmp_path: Path):
+    """Of a tokenizer that is larger than the model; what the data do not hold may lie beyond its vocabulary."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": role, "content": "Hi."} for role in ("user", "assistant")]}))
+    folder = tmp_path / "model"
+    shutil.copytree(TINY / "model", folder)
+    words = [f"--model.path={folder}", f"--data.train={rows}", f"--data.cache_dir={tmp_path}", "--data.workers=0"]
+    config = load_config(SFTConfig, words)[0]
+    tokenizer = load_tokenizer(config.model)
+    run: Any = SimpleNamespace(main_first=lambda make: make(), require_alike=lambda *_: None, note=lambda *_: None)
+    largest = load_split(run, config, "data.train", tokenizer).largest_id()
+    assert largest == tokenizer.convert_tokens_to_ids("<|im_end|>") < len(tokenizer) - 1
+    edit_json(folder / "config.json", vocab_size=largest + 1)
+    load_split(run, config, "data.train", tokenizer)
+    edit_json(folder / "config.json", vocab_size=largest)
+    with pytest.raises(ValueError, match=rf"^data.train: .* ids up to {largest}, and its model has {largest} tokens"):
+        load_split(run, config, "data.train", tokenizer)
 
 
 UNREACHABLE = OSError("We couldn't connect to 'https://huggingface.co' to load the files")

@@ -76,6 +76,10 @@ def a_model(folder: Path, **files: str | None) -> Path:
             {"config__json": '{"model_type": "qwen2", "quantization_config": {"quant_method": "awq", "bits": 4}}'},
             r"are stored quantised \(awq\), which is not read here; give the model they were made of",
         ),
+        (
+            {"config__json": '{"model_type": "qwen2", "hidden_act": "swish7"}'},
+            r"asks for hidden_act 'swish7', which transformers does not know; copy the model's file again",
+        ),
         ({"tokenizer__json": ""}, r"tokenizer.json cannot be read"),
         ({}, r"no weights \(model.safetensors\) in .*; check the path, or set model.from_scratch"),
         ({"pytorch_model__bin": ""}, r"has its weights as pytorch_model.bin, a pickle, .* not opened here"),

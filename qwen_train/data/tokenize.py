@@ -190,6 +190,12 @@ class TokenDataset:
         """A column of single numbers (length, total_weight, source, row) as one array."""
         return np.asarray(self.dataset.data.column(name).to_numpy())
 
+    def largest_id(self) -> int:
+        """Of all token ids; reads every one."""
+        names = [name for name in self.dataset.column_names if name.endswith("_ids")]
+        chunks = (chunk.flatten().to_numpy() for name in names for chunk in self.dataset.data.column(name).chunks)
+        return max((int(ids.max()) for ids in chunks if len(ids)), default=-1)
+
     def place(self, index: int) -> str:
         """`file:line` of a kept row."""
         row = self.dataset[index]

@@ -12,6 +12,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 
 from qwen_train.config import HEADS, DPOConfig, ModelConfig, SFTConfig, reference_source
 from qwen_train.data.sources import is_hub_id
@@ -58,6 +59,11 @@ def load_model_config(config: ModelConfig) -> Any:
         raise ValueError(
             f"model.path: {config.path} is a {model_config.model_type} model; "
             f"this project trains {', '.join(FAMILIES)} (dense Qwen models)"
+        )
+    if str(model_config.hidden_act) not in ACT2FN:
+        raise ValueError(
+            f"model.path: the config.json of {config.path} asks for hidden_act {model_config.hidden_act!r}, which "
+            "transformers does not know; copy the model's file again (Qwen's is silu)"
         )
     if stored := getattr(model_config, "quantization_config", None):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method.value
