@@ -29,9 +29,6 @@ NF4_VALUES = (
 )  # fmt: skip
 """What 4 bits mean: quantiles of a normal distribution (arXiv:2305.14314, appendix E)."""
 
-OPEN_BACKWARD = True
-"""rms_norm's backward lies open to torch.compile, which adds the residual stream's gradient in the same pass."""
-
 LONGEST_ROW = 8192
 """round_rows: a longer row is read twice, the second time from the cache, for more rows in flight."""
 LONG_ROW_BLOCK = 8192
@@ -392,9 +389,13 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
 
 
+def is_traced() -> bool:
+    """Whether torch.compile traces this; is_compiling() is denied by torch 2.11 while a backward is traced."""
+    return torch._guards.TracingContext.try_get() is not None
+
+
 def _backward_norm(ctx: Any, grad: Tensor, _grad_scale: Tensor | None) -> tuple[Tensor, None, None]:
-    # Not torch.compiler.is_compiling(): torch 2.11 denies it while the backward is traced.
-    if OPEN_BACKWARD and torch._guards.TracingContext.try_get() is not None:
+    if is_traced():  # open to Inductor, which adds the residual stream's gradient in the same pass
         return _rms_norm_gradient(grad, *ctx.saved_tensors), None, None
     return rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 

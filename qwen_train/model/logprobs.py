@@ -18,9 +18,6 @@ from qwen_train.model.kernels import ChunkScores, score_logits, use_kernels
 
 ChunkFunction = Callable[[Tensor, Tensor, torch.dtype | None], ChunkScores]
 
-ONE_KERNEL = True
-"""Whether a chunk is scored by kernels.py's one kernel rather than by a compiled function; the benchmark compares."""
-
 FOLLOWS = 1e-4
 """Share of a token's gradient by which it may be off the loss's weights: they are the same but for fp32 rounding."""
 
@@ -84,7 +81,7 @@ def token_logprobs(
 
 
 def _chunk_function(hidden: Tensor, compiled: bool) -> ChunkFunction:
-    if compiled and ONE_KERNEL and use_kernels(hidden):
+    if compiled and use_kernels(hidden):
         return score_logits
     return _compiled_chunk_scores() if compiled else chunk_scores
 

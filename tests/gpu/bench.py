@@ -187,7 +187,7 @@ def whole_last_layer(layer, hidden_states, packed_rows=None, **kwargs):
 
 
 def nothing(*_, **__) -> tuple[()]:
-    """No module is fused, no layer counts as one that can be."""
+    """No module is fused, no layer counts as one that can be, no kernel is used, nothing is traced."""
     return ()
 
 
@@ -197,9 +197,9 @@ OFF = {
     "rotary": ((fuse, "_fuses_attention", nothing),),  # transformers' rotary embeddings and copies
     "norms": ((load, "fuse_norms", nothing),),  # transformers' RMSNorm
     "wide": ((fuse, "_wide_groups", nothing),),  # adapters of gate|up by the product's kernel, not a longer sum
-    "open": ((kernels, "OPEN_BACKWARD", False),),  # the residual stream's gradient added in a pass of its own
+    "open": ((kernels, "is_traced", nothing),),  # the residual stream's gradient added in a pass of its own
     "rows": ((last_layer, "forward", whole_last_layer),),  # the last layer's feed-forward at all positions
-    "head": ((logprobs, "ONE_KERNEL", False),),  # the head's softmax by torch.compile
+    "head": ((logprobs, "use_kernels", nothing),),  # the head's softmax by torch.compile
     "supervised": ((PackedLM, "forward", forward_all_positions),),  # the head at all positions
 }
 """Parts that can be taken out, and what then stands in the place of what."""
