@@ -1,6 +1,7 @@
 """The model as a whole, in fp32: the loop against plain transformers, recomputation, adapters, samples, folders."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -659,6 +660,19 @@ def test_a_base_that_cannot_be_written(world: World, tmp_path: Path, monkeypatch
     outcome, line = _explained(caught.value) or ("", "")
     assert outcome == "failed" and line.startswith(f"{base}: the base could not be written: ") and f"; {said}" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_is_on_the_disk_before_and_after_it_is_named(world: World, tmp_path: Path, monkeypatch):
+    """Its files and their names in the scratch folder, then its own name in the run's."""
+    done: list[str] = []
+    sync, replace_ = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("renamed"), replace_(old, new)))
+    _write_base(world.load().causal_lm, AutoTokenizer.from_pretrained(TINY / "model"), tmp_path / "base")
+    renamed = done.index("renamed")
+    (scratch,) = {Path(path).parent for path in done[: renamed - 1]}
+    assert {Path(path).name for path in done[: renamed - 1]} == {path.name for path in (tmp_path / "base").iterdir()}
+    assert done[renamed - 1] == str(scratch) and done[renamed + 1 :] == [str(tmp_path)]
 
 
 def test_a_continued_adapter_keeps_its_rank(world: World, start: Trained, on_start: tuple[str, ...], monkeypatch):

@@ -499,6 +499,32 @@ def test_many_rows_are_announced_where_no_bar_shows_them(
         assert len(table) == count and capsys.readouterr().err == announced
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_lines_that_end_in_carriage_returns_alone(tmp_path: Path, suffix: str) -> None:
+    file, rows = tmp_path / f"rows{suffix}", [json.dumps({"messages": [U, A]})] * 3
+    for ends in ("\n", "\r\n"):
+        file.write_bytes(ends.join(rows).encode())
+        assert len(list(read_rows(0, str(file)))) == 3
+    file.write_bytes(rows[0].replace(", ", ",\r").encode())  # blanks of one row
+    assert [row.error for row in read_rows(0, str(file))] == [None]
+    for mark in ("", "\ufeff"):
+        file.write_bytes((mark + "\r".join(rows)).encode())
+        with pytest.raises(ValueError, match=rf"rows{suffix}: its lines end in carriage returns alone, .* line feeds$"):
+            list(read_rows(0, str(file)))
+
+
+@pytest.mark.parametrize("message", [U, {"from": "human", "value": "Hi"}])
+def test_a_list_of_messages_is_no_list_of_rows(tmp_path: Path, message: dict[str, str]) -> None:
+    """Under .json each message would be a row."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps([message, message]))
+    with pytest.raises(ValueError, match=r'rows.jsonl: this is one list of messages; write .*"messages": \[\.\.\.\]'):
+        list(read_rows(0, str(file)))
+    file.write_text(json.dumps([{"messages": [message]}]))
+    with pytest.raises(ValueError, match=r"name the file \.json$"):
+        list(read_rows(0, str(file)))
+
+
 def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -512,7 +538,9 @@ def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("org/set", "train"), ("org/set", "test_sft")]
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing/file.json", "./nothing", "/no/where", "a--b/c", "org/set:a:b"])
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "missing/file.json", "./nothing", "/no/where", "a--b/c", "org/set:a:b"]
+)
 def test_missing_files_are_not_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         list(read_rows(0, name))

@@ -29,6 +29,15 @@ def beside(final: Path, kind: Literal["tmp", "old"] = "tmp") -> Path:
     return final.with_name(f"{final.name}.{kind}-{uuid.uuid4().hex}")
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def scratch_folder(final: Path) -> Iterator[Path]:
     """A new, locked folder `<final>.tmp-<id>`, deleted when the block ends; its parents are made where missing."""

@@ -288,6 +288,8 @@ def _read_lines(source: int, path: str) -> Iterator[RawRow]:
         stream.seek(0)
         _refuse_list(path, stream)
         stream.seek(0)
+        _refuse_carriage_returns(path, stream.readline())
+        stream.seek(0)
         for index, line in enumerate(stream):
             if not (line := line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip():
                 continue
@@ -307,8 +309,19 @@ def _refuse_list(path: str, lines: Iterable[bytes]) -> None:
     first = next(filled, b"")
     alone = first.startswith(b"[") and next(filled, None) is None
     opens = re.match(rb"\[\s*(\{|$)", first) is not None and not is_json(first.decode(errors="replace"))
+    if alone and re.match(rb'\[\s*\{\s*"(role|from)"', first) and is_json(first.decode(errors="replace")):
+        raise ValueError(
+            f'{path}: this is one list of messages; write each conversation as {{"messages": [...]}} in a line'
+        )
     if alone or opens:
         raise ValueError(f"{path}: this is a JSON list, not one object a line; name the file .json")
+
+
+def _refuse_carriage_returns(path: str, line: bytes) -> None:
+    """One error for rows that are apart by carriage returns alone; between the tokens of one row they are blanks."""
+    parts = [part for part in line.decode("utf-8-sig", errors="replace").split("\r") if part.strip()]
+    if len(parts) > 1 and is_json(parts[0]):
+        raise ValueError(f"{path}: its lines end in carriage returns alone, as on an old Mac; save it with line feeds")
 
 
 def _read_json(source: int, path: str) -> Iterator[RawRow]:

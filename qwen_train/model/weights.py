@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.config import SFTConfig
-from qwen_train.data.scratch import scratch_folder
+from qwen_train.data.scratch import scratch_folder, sync_folder
 from qwen_train.model.adapters import check_base, first_of, merge_adapter
 from qwen_train.model.memory import Shape
 
@@ -91,7 +91,9 @@ def _write_base(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: P
             for path in unfinished.iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
+            sync_folder(unfinished)
             os.replace(unfinished, base)
+            sync_folder(base.parent)
     except SafetensorError as error:  # of the disk, in the words of a library that does not know OSError
         number = int(match[1]) if (match := re.search(r"\(os error (\d+)\)", str(error))) else errno.EIO
         raise OSError(number, f"the base could not be written: {error}", str(base)) from None

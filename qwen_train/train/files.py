@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypedDict
 import torch
 from torch import Tensor
 
-from qwen_train.data.scratch import LEFTOVER, beside
+from qwen_train.data.scratch import LEFTOVER, beside, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,7 @@ class Disk:
         os.fsync(file.fileno())
 
     def sync_folder(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path)
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)
