@@ -181,7 +181,7 @@ class LoraConfig:
 
     @property
     def beyond_plain(self) -> str | None:
-        """What is set of dropout and DoRA, which model/lora.py leaves to PEFT's own layers."""
+        """What is set of dropout and DoRA, which model/fuse.py leaves to PEFT's own layers."""
         return f"lora.dropout {self.dropout}" if self.dropout > 0 else "lora.use_dora true" if self.use_dora else None
 
     @property

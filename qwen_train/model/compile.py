@@ -137,7 +137,7 @@ class DecoderLayers:
             inside = index in chosen and not around
             module: Any
             for module in layer.modules():
-                if hasattr(module, "recomputed"):  # lora.py's feed-forward layer recomputes in an operation of its own
+                if hasattr(module, "recomputed"):  # fuse.py's feed-forward layer recomputes in an operation of its own
                     module.recomputed = inside
             if inside:
                 forward = _with_own_code(_recomputing(forward, preserve_rng_state=self.dropout), forward)
@@ -156,7 +156,7 @@ def _configure_compiler() -> None:
     # torch's cache of compiled graphs does not see the backward of our own operations: let it see the code.
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     torch.compiler.config.cache_key_tag = hashlib.sha256(sources).hexdigest()
-    # The checkpoint lies inside the compiled layer; lora.py hands outputs from one projection to the next.
+    # The checkpoint lies inside the compiled layer; fuse.py hands outputs from one projection to the next.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -200,7 +200,7 @@ def _pair(parts: Iterable[IntArray]) -> Pair:
 def _frozen_tensors(lm: nn.Module) -> dict[str, Tensor]:
     """Frozen weights and buffers, by names and in forms that the shape of the trained adapter does not change.
 
-    A group of LoRA layers (model/lora.py) keeps the weights of its members a second time as `frozen_*`, beside columns
+    A group of LoRA layers (model/fuse.py) keeps the weights of its members a second time as `frozen_*`, beside columns
     for the adapter's B, which each forward writes; in fp8 these are the only copy, and have no such columns.
     """
     named: dict[str, Tensor] = {}
