@@ -647,3 +647,25 @@ def test_real_vocabulary_and_rows(tiny: Tiny, tmp_path: Path):
     assert 11.5 < losses[0] < 12.5  # ln(152,064) = 11.93: random weights know nothing
     assert losses[-1] < losses[0]
     assert "of 32 conversations" in result.output
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_compiler_that_a_signal_ends(tiny: Tiny, whole: Path, told: bool):
+    """Ctrl-C goes to the compilers as well, and what has led there is no failure; without a signal it is one."""
+    name = f"compiling-{told}"
+    act = "os.kill(os.getpid(), signal.SIGTERM)" if told else "pass"
+    prelude = (
+        "import os, signal\nfrom torch._inductor.exc import InductorError\n"
+        f"def backward(run, loss):\n    {act}\n    raise InductorError(RuntimeError('g++'), None)\n"
+        "from qwen_train.train.distributed import Run\nRun.backward = backward\n"
+    )
+    result = tiny.run(name, prelude=prelude)
+    status = tiny.status(name)
+    if told:
+        reason = "stopped while a step was compiled, which is not saved; start again to go on"
+        assert (result.code, status["outcome"]) == (128 + signal.SIGTERM, "interrupted"), result.output
+        assert status["reason"] == reason == result.lines[-1] and "Traceback" not in result.output
+        assert tiny.run(name).code == 0
+        same_end(whole, tiny.folder / name)
+    else:
+        assert (result.code, status["outcome"]) == (1, "failed") and "InductorError" in result.output

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers.utils.logging import disable_progress_bar
 
 from qwen_train.command_line import TIMED_NAME, print_errors, print_warnings, refuse_alike
@@ -20,7 +21,7 @@ from qwen_train.train.checkpoint import SaveError, saved_step
 from qwen_train.train.distributed import Run
 from qwen_train.train.folder import free_name, take_back
 from qwen_train.train.peers import Departure
-from qwen_train.train.signals import START_INTERRUPTED, Interrupted
+from qwen_train.train.signals import COMPILER_INTERRUPTED, START_INTERRUPTED, Interrupted
 from qwen_train.train.status import STATUS, is_ours, write_status
 
 OWN_FIELDS = (("run", "name"), ("data", "cache_dir"), ("data", "workers"))
@@ -58,13 +59,15 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
         departure = run.departure(error, early)
         if departure is not None and not (early and departure.reason):
             sys.exit(_follow(run, folder, name, departure))
-        # Libraries that a signal cuts short before training clean up with errors of their own.
-        cause = Interrupted(START_INTERRUPTED) if early else error
+        # Libraries that a signal cuts short before training clean up with errors of their own. Later it may have been
+        # sent to all processes (Ctrl-C is): a compiler at work on the backward pass is one of them, and dies of it.
+        compiling = run.stop_signal is not None and isinstance(error, BackendCompilerFailed)
+        cause = Interrupted(START_INTERRUPTED if early else COMPILER_INTERRUPTED) if early or compiling else error
         if isinstance(cause, Interrupted):
             reason = f"{cause}{run.asked_elsewhere}; {_how_to_go_on(name)}"
             run.note(reason)
             _report(run, folder, "interrupted", reason)
-            run.close(reason if early else "")  # in training all ranks leave together
+            run.close(reason if early or compiling else "")  # in training all ranks leave together
             _end_workers()
             sys.exit(128 + (run.stop_signal or signal.SIGTERM))
         if (explained := _explained(cause)) is not None:

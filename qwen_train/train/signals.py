@@ -21,6 +21,7 @@ LIBC = ctypes.CDLL(None)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 START_INTERRUPTED = "stopped before the first step"
+COMPILER_INTERRUPTED = "stopped while a step was compiled, which is not saved"
 STOPPING = "stopping after this step, then saving"
 SECOND_INTERRUPT = "; Ctrl-C again leaves at once, without"
 LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
