@@ -299,6 +299,8 @@ def _file_keys(path: Path, config_class: type[SFTConfig]) -> set[str]:
         if config_class is SFTConfig and section in ("loss", "reference"):
             like = _counterpart(path, "dpo", "sft")
             raise ValueError(f"{section}: {path} is a config of DPO; give it to launch/dpo.py, or take {like}")
+        if section == "compute_environment":
+            raise ValueError(f"--config: {path} is for accelerate: accelerate launch --config_file {path} launch/...")
         if section not in sections:
             raise ValueError(f"{section}: no such section in {path}{nearest(str(section), list(sections))}")
         if not isinstance(fields, dict):
@@ -333,7 +335,8 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         _refuse_depth(text, path)
         content = yaml.load(text, _UniqueKeys)
     except FileNotFoundError:
-        raise ValueError(f"--config: {path} does not exist; the shipped ones are in configs/") from None
+        here = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"--config: {path} does not exist{here}; the shipped ones: {REPOSITORY / 'configs'}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config: {path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from qwen_train.config import SFTConfig, field_types
+from qwen_train.config import DPOConfig, SFTConfig, field_types
 
 OF_OTHER_TRAINERS = {
     "learning_rate": "optim.lr",
@@ -56,8 +56,12 @@ def one_line(message: str, config_class: type[SFTConfig]) -> str:
     if match := re.match(r"unrecognized arguments: (?P<word>\S+)", message):
         name = match["word"].removeprefix("--").split("=")[0]
         if match["word"].startswith("--"):
+            if name in field_types(DPOConfig):
+                return f"{name}: is a field of DPO; give it to launch/dpo.py, or leave it out"
             return f"{name}: no such field{nearest(name, list(hints))}"
         fields = "fields are given as --section.field value, several as '[a, b]'"
+        if name.endswith((".yaml", ".yml")):
+            fields = f"a file is given as --config {name}"
         return f"command line: {name!r} belongs to no option; {fields}"
     return message
 

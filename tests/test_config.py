@@ -323,6 +323,7 @@ MISTAKES = [
     ("--optim.learning_rate=1", "optim.learning_rate: no such field; did you mean optim.lr?"),
     ("--num-train-epochs=1", "num-train-epochs: no such field; did you mean run.epochs?"),
     ("--beta=1", "beta: no such field; see --help"),  # of pairs only
+    ("--loss.name=ipo", "loss.name: is a field of DPO; give it to launch/dpo.py, or leave it out"),
     ("--nonsense=1", "nonsense: no such field; see --help"),
     ("--optim=3", "optim: is a section; give its fields, as --optim.field value, or a file as --config"),
     (
@@ -330,6 +331,7 @@ MISTAKES = [
         "command line: 'train.jsonl' belongs to no option; fields are given as --section.field value, "
         "several as '[a, b]'",
     ),
+    ("my.yaml", "command line: 'my.yaml' belongs to no option; a file is given as --config my.yaml"),
     ("--optim.name=sgd", "optim.name: expected one of adamw, adamw_8bit, got 'sgd'"),
     ("--run.steps=1.5", "run.steps: expected a whole number or null, got '1.5'"),
     ("--run.seed=true", "run.seed: expected a whole number, got 'True'"),
@@ -399,6 +401,10 @@ BAD_FILES = [
         "loss: {beta: 1}\n",
         "loss: bad.yaml is a config of DPO; give it to launch/dpo.py, or take configs/sft_qwen2.5_7b_lora.yaml",
     ),
+    (
+        "compute_environment: LOCAL_MACHINE\n",
+        "--config: bad.yaml is for accelerate: accelerate launch --config_file bad.yaml launch/...",
+    ),
     ("optim: {lrr: 1}\n", "optim.lrr: no such field in bad.yaml; did you mean optim.lr?"),
     ("optim: {lr: abc}\n", "optim.lr: expected a number, got 'abc'"),
     ("- a\n", "--config: bad.yaml must hold sections such as `model:`, got list"),
@@ -415,6 +421,17 @@ def test_a_bad_file_is_one_line(text: str, message: str, tmp_path: Path, monkeyp
     with pytest.raises(ValueError) as error:
         load_config(SFTConfig, ["--config", "bad.yaml"])
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_told_with_the_folder_it_was_looked_for_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The shipped configs are in the repository, and a relative path is of the folder one stands in."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_config(SFTConfig, ["--config", "configs/sft_qwen2.5_7b_lora.yaml"])
+    shipped = f"the shipped ones: {ROOT / 'configs'}"
+    assert str(error.value) == f"--config: configs/sft_qwen2.5_7b_lora.yaml does not exist in {tmp_path}; {shipped}"
 
 
 def test_several_problems_are_several_lines():
