@@ -1,6 +1,7 @@
 """An adapter into its base: `python launch/merge.py --adapter DIR --out DIR [--base PATH] [--rows FILE]`."""
 
 import argparse
+import errno
 import sys
 
 from qwen_train.command_line import print_errors, refuse_options
@@ -35,7 +36,13 @@ if __name__ == "__main__":
         print_errors(str(error))
         sys.exit(2)
     except OSError as error:
-        print_errors(str(error))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or str(error.filename).startswith(options.out):
+            print_errors(
+                f"--out: {options.out} cannot be written ({error.strerror}); free space or choose another folder"
+            )
+        else:
+            print_errors(str(error))
         sys.exit(1)
     print(f"merged against adapter: {difference}")
     print(f"model: {options.out}")

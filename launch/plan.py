@@ -80,6 +80,8 @@ def measure(options: argparse.Namespace, console: Console, config: SFTConfig, sh
     try:
         run.check(config)
         check_packages(config)
+        if run.is_main and run.device.type == "cpu":
+            print_warnings(["--measure: no CUDA device is seen: this measures the CPU, where billions take hours"])
         measured = measure_steps(run, config, shape, longest_row(config), options.steps or MEASURED_STEPS)
     finally:
         run.close()

@@ -1,7 +1,9 @@
 """Adapters and their bases: merge starts, two adapters as one, launch/merge.py, and what is refused."""
 
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -649,3 +651,23 @@ def test_merging_refuses_in_one_line(dpo: Path, base: str, start: Path, tmp_path
         errors = [line for line in done.lines if line.startswith("error:")]
         assert done.code == 2 and len(errors) == 1 and message in errors[0], done.output
         assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", ["EROFS", "ENOSPC"])
+def test_a_folder_that_cannot_be_written_is_one_line(start: Path, tmp_path, scripts, number: str) -> None:
+    """A full disk names no file; a disk that is mounted to be read names the folder."""
+    out = tmp_path / "o"
+    name = "path" if number == "EROFS" else "None"
+    prelude = (
+        "import errno, os\nfrom pathlib import Path\nmkdir = Path.mkdir\n"
+        "def refusing(path, *args, **kwargs):\n"
+        f"    if str(path).startswith({str(out)!r}):\n"
+        f"        raise OSError(errno.{number}, os.strerror(errno.{number}), {name})\n"
+        "    mkdir(path, *args, **kwargs)\nPath.mkdir = refusing\n"
+    )
+    arguments = ("--adapter", str(start), "--out", str(out))
+    done = scripts.run(tmp_path / "merge.txt", "launch/merge.py", *arguments, prelude=prelude)
+    reason = os.strerror(getattr(errno, number))
+    expected = f"error: --out: {out} cannot be written ({reason}); free space or choose another folder"
+    assert (done.code, done.lines[-1]) == (1, expected), done.output

@@ -312,6 +312,8 @@ def test_real_steps(ranks: int, tmp_path: Path, scripts: ScriptRunner):
     arguments = ["--measure", "--json", "--steps", "1", "--batch.tokens_per_microbatch", "300", "--lora.r", "4"]
     result = scripts.run(tmp_path / "out.txt", "launch/plan.py", *arguments, ranks=ranks)
     assert result.code == 0, result.output
+    (warning,) = (line for line in result.lines if line.startswith("warning:") and "--measure" in line)
+    assert "no CUDA device is seen: this measures the CPU" in warning  # once, not by every rank
     measured = json.loads(next(line for line in result.lines if line.startswith("{")))["measured"]
     assert measured["world_size"] == ranks and measured["tokens_per_microbatch"] == 300
     assert measured["tokens_per_second"] == pytest.approx(2 * ranks * 300 / measured["step_seconds"], rel=0.02)
