@@ -71,6 +71,22 @@ def told(run, *args):
 
 fsdp.foreach_all_gather, Run.accumulate, Run.clip_grad_norm = counted, begun, told
 """
+WATCH_MODELS = """
+from torch.distributed.tensor import DTensor
+models, prepare, clipped = [], Run.prepare, Run.clip_grad_norm
+
+def prepared(run, model):
+    models.append(weakref.ref(model))
+    return prepare(run, model)
+
+def watched(run, *args):
+    alive = [model() for model in models if model() is not None]
+    whole = [not all(isinstance(parameter, DTensor) for parameter in model.parameters()) for model in alive]
+    run.note(f"models that are whole: {whole}")
+    return clipped(run, *args)
+
+Run.prepare, Run.clip_grad_norm = prepared, watched
+"""
 ROWS, PER_STEP, STEPS = 31, 3, 10
 MODES = {
     "lora": ["--lora.r=8"],
@@ -214,6 +230,35 @@ def test_weights_that_stay_whole_during_a_step(world: World, mode: str):
     layers = AutoConfig.from_pretrained(TINY / "model").num_hidden_layers
     assert gathered["false"][1:] == [layers + 1] * 3, "each layer and the root; the first step's are of the evaluation"
     assert min(gathered["true"]) >= 2 * 2 * layers, "in each forward and backward"
+
+
+@pytest.mark.parametrize("precompute", ["true", "false"])
+def test_a_second_model_does_not_stay_whole(world: World, precompute: str):
+    """The reference of full DPO; precomputed, it is let go, and the policy is gathered once a step all the same."""
+    base = world.run("sft", "sft-full-1", *MODES["full"]) / "model"
+    more = [
+        f"--model.path={base}",
+        "--model.from_scratch=false",
+        f"--reference.path={base}",
+        "--reference.source=model",
+    ]
+    more += ["--lora.enabled=false", f"--reference.precompute={precompute}", "--batch.sequences_per_step=30"]
+    world.run(
+        "dpo",
+        f"second-{precompute}",
+        *more,
+        "--run.steps=3",
+        ranks=2,
+        prelude="import weakref" + SHARDING + COUNT_GATHERS + WATCH_MODELS,
+        environment={"FSDP_RESHARD_AFTER_FORWARD": "false"},
+    )
+    log = (world.folder / f"second-{precompute}.txt").read_text()
+    assert (
+        re.findall(r"models that are whole: (.*)", log) == ["[False]" if precompute == "true" else "[False, False]"] * 3
+    )
+    if precompute == "true":
+        layers = AutoConfig.from_pretrained(TINY / "model").num_hidden_layers
+        assert re.findall(r"weights gathered: (\d+)", log)[1:] == [str(layers + 1)] * 2
 
 
 def test_hybrid_sharding_is_one(world: World):

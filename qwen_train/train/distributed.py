@@ -243,7 +243,10 @@ class Run:
         """
         if self.sharded:
             shard(self.accelerator, model)
-            self._keeping = model if self.sharding.keeps_weights else None
+            if self.sharding.keeps_weights and any(parameter.requires_grad for parameter in model.parameters()):
+                self._keeping = model
+            else:  # of a frozen model, the reference, there is no backward after which its weights would be let go
+                model.set_reshard_after_forward(True)  # type: ignore[operator]
             source, model.source = model.source, None
             fill(model, source, self.device)
         elif self.world_size > 1:

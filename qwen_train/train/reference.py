@@ -8,6 +8,7 @@ Letters: S supervised tokens, N sequences of a batch (two a pair: 2i is chosen, 
 """
 
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import logging
@@ -130,6 +131,7 @@ class Reference:
     def release(self) -> None:
         """Let go of a second model whose log-probs are all known; nothing may be asked of the reference any more."""
         del self.model
+        gc.collect()  # layers and their forwards refer to each other: until some collection the weights would stay
 
     def prove(self, run: Run, data: TokenDataset, folder: RunFolder, progress: Progress) -> None:
         """Note log-probs of a few pairs in `progress` when a run begins; compare with them when it goes on.
