@@ -62,6 +62,15 @@ def test_a_named_run_is_started_again(tmp_path: Path, scripts: ScriptRunner, min
     assert status["reason"] == f"stopped after step {status['step']} of {LONG}; start again to go on"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_config_for_a_gpu_that_meets_none_is_told(tmp_path: Path, scripts: ScriptRunner, mine: list[str], dtype: str):
+    """A driver that does not fit torch would otherwise show as a very slow run."""
+    arguments = [*mine, f"--model.dtype={dtype}", "--data.train=gone.jsonl"]
+    result = scripts.run(tmp_path / "output.txt", *arguments, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.code == 2, result.output
+    assert ("warning: no CUDA device is seen: training on the CPU" in result.output) == (dtype == "bfloat16")
+
+
 @pytest.mark.parametrize("script", ["sft", "dpo"])
 @pytest.mark.parametrize("field", ["data.train", "data.eval"])
 def test_a_missing_file_is_found_before_anything_is_asked_of_the_hub(

@@ -46,6 +46,12 @@ def run_script(config: Config, warnings: list[str], train: Callable[[Config, Run
     assert config.run.name is not None
     name, folder = config.run.name, Path(config.run.dir) / config.run.name
     print_warnings(warnings)
+    if (
+        run.device.type == "cpu" and config.model.dtype == "bfloat16"
+    ):  # a GPU's config; a driver that fails says nothing
+        print_warnings(
+            ["no CUDA device is seen: training on the CPU; check torch.cuda.is_available() if there is a GPU"]
+        )
     if run.peers is not None:
         run.peers.when_gone(lambda departure: os._exit(_follow(run, folder, name, departure)))
     try:
